@@ -3,8 +3,7 @@
 The tracer names the graph's inputs and outputs from it, the manifest stores it, every session binds by it.
 
 Letters: B batch, S new tokens, C cache capacity, T = B*S tokens, D hidden, J key/value heads, H query heads,
-A head size, E experts, V vocabulary, P cached tokens seen by attention. B, S, C, T and P are free; the others are
-numbers of the model.
+A head size, E experts, V vocabulary. B, S, C and T are free; the others are numbers of the model.
 
     binding                    shape            dtype     meaning
     input_ids                  [B,S]            int64     new tokens, right-padded
@@ -16,7 +15,7 @@ numbers of the model.
     k_cache_out.{i}, v_cache_out.{i}                      bound to the buffer of the input: the update is in place
     hidden_states.{i}          [B,S,D]          compute   optional: embeddings, then each layer; the last is post-norm
     router_logits.{i}          [T,E]            float32   optional: MoE layers, before sigmoid and bias
-    attentions.{i}             [B,H,S,P]        float32   optional: attention probabilities
+    attentions.{i}             [B,H,S,C]        float32   optional: attention probabilities, zero where unseen
 
 A step writes positions write_index .. write_index+S-1 of each row, padding included, so write_index + S <= C must hold
 for every row; targets drop a write beyond that without a word, therefore the session checks it first. What lies in the
@@ -139,7 +138,7 @@ class Contract:
         return tuple(
             Binding(
                 name=f"attentions.{i}",
-                shape=("B", self.num_attention_heads, "S", "P"),
+                shape=("B", self.num_attention_heads, "S", "C"),
                 dtype="float32",
                 meaning=f"attention probabilities of layer {i}",
             )

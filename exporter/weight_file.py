@@ -1,0 +1,121 @@
+"""Weight files: valid safetensors and ONNX external data at once.
+
+A file's layout is known before any weight is read: large tensors in model order (so q, k, v and gate, up are neighbours
+that a target may view as one), then the small float32 ones. Every tensor starts at a multiple of 64 bytes; where shapes
+do not give that by themselves, a named padding tensor does, because the safetensors format forbids holes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glm_export.exporter.storage import WeightTensor
+from glm_export.runtime.files import HashingWriter
+
+FOLDER = "weights"
+ALIGNMENT = 64
+PADDING = "padding."
+
+_SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Location:
+    """Where a tensor's bytes lie."""
+
+    path: str
+    """Relative to the bundle, with forward slashes."""
+    offset: int
+    """In bytes, from the start of the file."""
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFile:
+    """The layout of one file."""
+
+    path: str
+    header: bytes
+    tensors: tuple[WeightTensor, ...]
+    """In file order, without padding."""
+    locations: dict[str, Location]
+    size: int
+
+    @classmethod
+    def plan(cls, group: str, tensors: Iterable[WeightTensor]) -> WeightFile:
+        """Lays out the tensors of a group."""
+        ordered = sorted(tensors, key=lambda tensor: tensor.small)  # stable: otherwise in model order
+        entries: dict[str, object] = {}
+        starts: dict[str, int] = {}
+        end = 0
+        for tensor in ordered:
+            if gap := -end % ALIGNMENT:
+                entries[f"{PADDING}{len(entries)}"] = _entry("U8", (gap,), end, end + gap)
+                end += gap
+            starts[tensor.name] = end
+            dtype = _SAFETENSORS_DTYPES[tensor.dtype]
+            entries[tensor.name] = _entry(dtype, tensor.shape, end, end + tensor.nbytes)
+            end += tensor.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        header = len(text).to_bytes(8, "little") + text
+        path = f"{FOLDER}/{group}.safetensors"
+        return cls(
+            path=path,
+            header=header,
+            tensors=tuple(ordered),
+            locations={
+                tensor.name: Location(path=path, offset=len(header) + starts[tensor.name], length=tensor.nbytes)
+                for tensor in ordered
+            },
+            size=len(header) + end,
+        )
+
+    def write(self, writer: HashingWriter, pieces: Iterable[tuple[str, Tensor]]) -> None:
+        """Writes the file from (name, block) pieces, whose large tensors come in file order, block after block.
+
+        The small tensors are kept until the large ones are written.
+        """
+        small: dict[str, list[Tensor]] = {tensor.name: [] for tensor in self.tensors if tensor.small}
+        writer.write(self.header)
+        for name, block in pieces:
+            if name in small:
+                small[name].append(block)
+            else:
+                self._append(writer, name, [block])
+        for name, blocks in small.items():
+            self._append(writer, name, blocks)
+        assert writer.size == self.size, (self.path, writer.size, self.size)
+
+    def _append(self, writer: HashingWriter, name: str, blocks: list[Tensor]) -> None:
+        location = self.locations[name]
+        if writer.size < location.offset < writer.size + ALIGNMENT:
+            writer.write(bytes(location.offset - writer.size))
+        for block in blocks:
+            assert location.offset <= writer.size < location.offset + location.length, (self.path, name)
+            writer.write(as_bytes(block))
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A CPU tensor's bytes, without a copy where it is contiguous."""
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+
+
+def _entry(dtype: str, shape: tuple[int, ...], start: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def all_locations(files: Iterable[WeightFile]) -> Iterator[tuple[str, Location]]:
+    """(tensor name, location) over several files."""
+    for file in files:
+        yield from file.locations.items()

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x [..., D] normalized over D; weight [D] float32.
+
+    transformers rounds once more, between normalizing and multiplying by the weight; like every engine we do not.
+    """
+    x_f32 = x.float()
+    y = x_f32 * torch.rsqrt(x_f32.square().mean(dim=-1, keepdim=True) + epsilon) * weight
+    return y.to(x.dtype, copy=True)

@@ -1,0 +1,47 @@
+"""How an op is described: the single source that the torch op, the ONNX bodies and later the kernels are checked against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOMAIN = "glm"
+VERSION = 1
+
+COMPUTE = ("float32", "bfloat16", "float16")
+FLOAT32 = ("float32",)
+FP8 = ("float8_e4m3fn",)
+INT32 = ("int32",)
+INT64 = ("int64",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """An input or output of an op."""
+
+    name: str
+    shape: str
+    """Letters of the project's legend, comma separated; `...` stands for any leading dimensions."""
+    dtypes: tuple[str, ...]
+    meaning: str
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attribute:
+    """A number fixed per node."""
+
+    name: str
+    type: type[int] | type[float]
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpSchema:
+    """An op of the `glm` domain."""
+
+    name: str
+    torch_name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    attributes: tuple[Attribute, ...] = ()
+    doc: str

@@ -1,0 +1,249 @@
+"""manifest.json: what a bundle is, and the size and hash of every file in it. Written last, read first, strictly.
+
+A directory without a manifest is not a bundle (InputError); a manifest that can not be right is a damaged bundle
+(IntegrityError); a newer schema is neither, it needs a newer program (InputError).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from glm_export.runtime.contract import COMPUTE_DTYPES, OPTIONAL_OUTPUTS, Binding, Contract
+from glm_export.runtime.errors import InputError, IntegrityError
+from glm_export.runtime.files import FileRecord, is_plain_relative, resolve_inside, write_text_durably
+
+__all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "FileRecord", "Manifest", "parse_json"]
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+_LARGEST_MANIFEST = 16 << 20
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Everything a bundle says about itself."""
+
+    name: str
+    precision: str
+    """fp32, bf16, fp16 or fp8."""
+    contract: Contract
+    recipe: Mapping[str, Any]
+    """All choices of the build, as resolved."""
+    source: Mapping[str, Any]
+    """Identity of the checkpoint."""
+    versions: Mapping[str, str]
+    """Library -> version that took part in the build."""
+    weights: bool
+    """False for a graph that was traced without weights: it can be looked at, not run."""
+    eos_token_ids: tuple[int, ...]
+    max_position_embeddings: int
+    capacity: int
+    """Default cache capacity of a session."""
+    batch: int
+    """Default batch size of a session."""
+    files: Mapping[str, FileRecord]
+    """Path relative to the bundle -> size and hash. All files but the manifest, the journal and later reports."""
+    engines: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Target -> its files, each also in `files`."""
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Reads `directory/manifest.json`.
+
+        Raises:
+            InputError: the directory has no manifest, or one of a newer schema.
+            IntegrityError: the manifest is damaged; the sentence says where.
+        """
+        path = directory / MANIFEST_NAME
+        if not path.is_symlink() and not path.exists():
+            what = "has no manifest.json" if directory.is_dir() else "is not a directory"
+            raise InputError(f"{directory} {what}: expected a bundle written by `glm-export build`.")
+        resolve_inside(directory, MANIFEST_NAME)
+        if path.stat().st_size > _LARGEST_MANIFEST:
+            _damaged(path, f"it is larger than {_LARGEST_MANIFEST >> 20} MiB")
+        try:
+            return cls.from_json(parse_json(path.read_bytes()))
+        except ValueError as error:
+            _damaged(path, str(error))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    def write(self, directory: Path) -> FileRecord:
+        """Writes `directory/manifest.json` in one durable step."""
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return write_text_durably(directory / MANIFEST_NAME, text)
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON values. The binding tables are there for readers in other languages."""
+        value: dict[str, Any] = {"schema_version": self.schema_version}
+        value |= {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        value["contract"] = dataclasses.asdict(self.contract) | {"outputs": list(self.contract.outputs)}
+        value["bindings"] = _binding_tables(self.contract)
+        value["files"] = {path: dataclasses.asdict(record) for path, record in sorted(self.files.items())}
+        value["engines"] = {target: list(paths) for target, paths in sorted(self.engines.items())}
+        value["eos_token_ids"] = list(self.eos_token_ids)
+        return value
+
+    @classmethod
+    def from_json(cls, value: object) -> Manifest:
+        """The inverse of `to_json`.
+
+        Raises:
+            InputError: the schema is newer than this program.
+            ValueError: anything else is wrong; the message says what.
+        """
+        version = _typed(_typed(value, dict, "the manifest").get("schema_version"), int, "schema_version")
+        if version > SCHEMA_VERSION:
+            raise InputError(
+                f"the bundle has schema {version}, this glm-export reads up to {SCHEMA_VERSION}: install a newer one."
+            )
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {version}, expected {SCHEMA_VERSION}")
+        fields = _exact(value, {field.name for field in dataclasses.fields(cls)} | {"bindings"}, "the manifest")
+        precision = _one_of(fields["precision"], tuple(COMPUTE_DTYPES), "precision")
+        contract = _contract(fields["contract"], precision)
+        if fields["bindings"] != _binding_tables(contract):
+            raise ValueError("bindings are not the ones that contract describes")
+        files = _files(fields["files"])
+        return cls(
+            name=_typed(fields["name"], str, "name"),
+            precision=precision,
+            contract=contract,
+            recipe=_typed(fields["recipe"], dict, "recipe"),
+            source=_typed(fields["source"], dict, "source"),
+            versions={
+                key: _typed(item, str, f"versions.{key}")
+                for key, item in _typed(fields["versions"], dict, "versions").items()
+            },
+            weights=_typed(fields["weights"], bool, "weights"),
+            eos_token_ids=_token_ids(fields["eos_token_ids"], contract.vocab_size),
+            max_position_embeddings=_positive(fields["max_position_embeddings"], "max_position_embeddings"),
+            capacity=_positive(fields["capacity"], "capacity"),
+            batch=_positive(fields["batch"], "batch"),
+            files=files,
+            engines=_engines(fields["engines"], files),
+        )
+
+
+def parse_json(data: bytes) -> object:
+    """Parses JSON more strictly than `json.loads`: UTF-8, no duplicate keys, no NaN or Infinity.
+
+    Raises:
+        ValueError: it is not such JSON.
+    """
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = next(key for key in result if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
+    return result
+
+
+def _no_constants(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _damaged(path: Path, reason: str) -> NoReturn:
+    raise IntegrityError(f"{path} is damaged ({reason}): copy the bundle again, or build it again.") from None
+
+
+def _binding_tables(contract: Contract) -> dict[str, list[dict[str, Any]]]:
+    def row(binding: Binding) -> dict[str, Any]:
+        return dataclasses.asdict(binding) | {"shape": list(binding.shape)}
+
+    return {
+        "inputs": [row(binding) for binding in contract.inputs()],
+        "outputs": [row(binding) for binding in contract.outputs_of_step()],
+    }
+
+
+def _contract(value: object, precision: str) -> Contract:
+    names = {field.name for field in dataclasses.fields(Contract)}
+    fields = dict(_exact(value, names, "contract"))
+    outputs = tuple(_typed(fields["outputs"], list, "contract.outputs"))
+    if outputs != tuple(kind for kind in OPTIONAL_OUTPUTS if kind in outputs):
+        raise ValueError(f"contract.outputs is {list(outputs)}, expected some of {list(OPTIONAL_OUTPUTS)} in order")
+    if fields["compute_dtype"] != COMPUTE_DTYPES[precision]:
+        raise ValueError(f"contract.compute_dtype is {fields['compute_dtype']!r}, wrong for precision {precision}")
+    _one_of(fields["logits"], ("last", "all"), "contract.logits")
+    _typed(fields["inputs_embeds"], bool, "contract.inputs_embeds")
+    if _typed(fields["first_k_dense_replace"], int, "contract.first_k_dense_replace") < 0:
+        raise ValueError("contract.first_k_dense_replace is negative")
+    for name in names - {"outputs", "compute_dtype", "logits", "inputs_embeds", "first_k_dense_replace"}:
+        _positive(fields[name], f"contract.{name}")
+    return Contract(**fields | {"outputs": outputs})
+
+
+def _files(value: object) -> dict[str, FileRecord]:
+    files = {}
+    for path, item in _typed(value, dict, "files").items():
+        if not is_plain_relative(path) or path == MANIFEST_NAME:
+            raise ValueError(f"the file name {path!r} is not a plain path inside the bundle")
+        fields = _exact(item, {"size", "sha256"}, f"files.{path}")
+        size, sha256 = _typed(fields["size"], int, f"{path}: size"), _typed(fields["sha256"], str, f"{path}: sha256")
+        if size < 0 or not _SHA256.fullmatch(sha256):
+            raise ValueError(f"size or sha256 of {path} can not be right")
+        files[path] = FileRecord(size=size, sha256=sha256)
+    return files
+
+
+def _engines(value: object, files: Mapping[str, FileRecord]) -> dict[str, tuple[str, ...]]:
+    engines = {}
+    for target, paths in _typed(value, dict, "engines").items():
+        engines[target] = tuple(_typed(paths, list, f"engines.{target}"))
+        for path in engines[target]:
+            if not isinstance(path, str) or path not in files:
+                raise ValueError(f"the engine file {path!r} of {target} is not listed in files")
+    return engines
+
+
+def _token_ids(value: object, vocab_size: int) -> tuple[int, ...]:
+    ids = tuple(_typed(item, int, "eos_token_ids") for item in _typed(value, list, "eos_token_ids"))
+    if not all(0 <= token < vocab_size for token in ids):
+        raise ValueError(f"eos_token_ids has an id outside 0..{vocab_size - 1}")
+    return ids
+
+
+def _exact(value: object, names: set[str], where: str) -> dict[str, Any]:
+    fields: dict[str, Any] = _typed(value, dict, where)
+    if missing := sorted(names - fields.keys()):
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    if unknown := sorted(fields.keys() - names):
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}")
+    return fields
+
+
+def _typed(value: object, kind: type[T], where: str) -> T:
+    # bool is a subclass of int, but `true` is not a number.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where} is {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def _positive(value: object, where: str) -> int:
+    number = _typed(value, int, where)
+    if number < 1:
+        raise ValueError(f"{where} is {number}, expected 1 or more")
+    return number
+
+
+def _one_of(value: object, choices: tuple[str, ...], where: str) -> str:
+    if value not in choices:
+        raise ValueError(f"{where} is {value!r}, expected one of {', '.join(choices)}")
+    return str(value)

@@ -1,0 +1,209 @@
+"""Target onnxruntime: the bundle's graph in ONNX Runtime, with KV caches that are updated in place.
+
+Each `k_cache.{i}` and its `k_cache_out.{i}` are bound to one address, so TensorScatter writes the new tokens and copies
+nothing. Bindings and buffers are made once per S; a decode step only fills three small arrays and runs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from glm_export.runtime.bundle import Bundle
+from glm_export.runtime.contract import Binding
+from glm_export.runtime.errors import BackendError, IntegrityError, ResourceError, UsageError
+from glm_export.runtime.session import Array, Ints, Session, StepOutput, numpy_dtype
+
+LOG_SEVERITY = 3
+"""ONNX Runtime's level for errors."""
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+_ORT_TYPES = {"float32": "float", "int64": "int64", "float16": "float16", "bfloat16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Step:
+    """A binding for one S and the host buffers behind it."""
+
+    io: Any
+    tokens: Array
+    logits: Array
+    extras: dict[str, Array]
+
+
+class OnnxRuntimeSession(Session):
+    """A bundle's model.onnx in ONNX Runtime."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        batch: int | None = None,
+        capacity: int | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Loads the graph and zero-fills the caches; arguments and errors as `open_session` says."""
+        super().__init__(bundle, batch=batch, capacity=capacity)
+        _check_device(device)
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads is {threads}: it must be 1 or more.")
+        self._device = device
+        self._caches = self._zero_caches()
+        self._ort = _load(bundle, threads=threads, device=device)
+        _check_bindings(self._ort.get_inputs(), self.contract.inputs(), "inputs")
+        _check_bindings(self._ort.get_outputs(), self.contract.outputs_of_step(), "outputs")
+        self._write_index = np.zeros(self.batch, np.int64)
+        self._length_after = np.zeros(self.batch, np.int64)
+        self._steps: dict[int, _Step] = {}
+
+    def cache(self, name: str) -> Array:
+        """The KV cache `k_cache.{i}` or `v_cache.{i}`, [B,J,C,A]: a view on the CPU, a copy from a CUDA device."""
+        host, device_value = self._caches[name]
+        if self._device == "cpu":
+            return host
+        copy: Array = device_value.numpy().view(host.dtype)
+        return copy
+
+    def _execute(self, tokens: Array, write_index_B: Ints, length_B: Ints) -> StepOutput:
+        self._write_index[:] = write_index_B
+        self._length_after[:] = length_B
+        try:
+            step = self._steps.get(tokens.shape[1]) or self._bind(tokens.shape[1])
+            step.tokens[...] = tokens
+            self._ort.run_with_iobinding(step.io)
+        except Exception as error:
+            if isinstance(error, MemoryError) or "allocate memory" in str(error) or "bad_alloc" in str(error):
+                raise ResourceError(
+                    f"ONNX Runtime ran out of memory in a step of {self.batch} rows, {tokens.shape[1]} new tokens and "
+                    f"capacity {self.capacity}: use fewer rows, a smaller prefill chunk or a smaller capacity."
+                ) from error
+            raise
+        return StepOutput(logits=step.logits, extras={name: array.copy() for name, array in step.extras.items()})
+
+    def _bind(self, new: int) -> _Step:
+        """Binds every input and output for S = `new` and remembers the binding."""
+        # Decoding (S = 1) alternates with chunks of one other size: those two are worth keeping.
+        self._steps = {size: step for size, step in self._steps.items() if size == 1}
+        io = self._ort.io_binding()
+        tokens, _, _, *caches = self.contract.inputs()
+        dims = {"B": self.batch, "S": new, "T": self.batch * new, "C": self.capacity}
+        token_buffer = np.empty(_shape(tokens, dims), numpy_dtype(tokens.dtype))
+        self._bind_input(io, tokens.name, token_buffer)
+        self._bind_input(io, "write_index", self._write_index)
+        self._bind_input(io, "length", self._length_after)
+        for cache in caches:
+            host, value = self._caches[cache.name]
+            io.bind_input(cache.name, self._device, 0, _ONNX_TYPES[cache.dtype], host.shape, value.data_ptr())
+        outputs: dict[str, Array] = {}
+        for output in self.contract.outputs_of_step():
+            kind = _ONNX_TYPES[output.dtype]
+            if output.in_place_of is not None:
+                host, value = self._caches[output.in_place_of]
+                io.bind_output(output.name, self._device, 0, kind, host.shape, value.data_ptr())
+            else:
+                buffer = outputs[output.name] = np.empty(_shape(output, dims), numpy_dtype(output.dtype))
+                io.bind_output(output.name, "cpu", 0, kind, buffer.shape, buffer.ctypes.data)
+        step = _Step(io=io, tokens=token_buffer, logits=outputs.pop("logits"), extras=outputs)
+        self._steps[new] = step
+        return step
+
+    def _bind_input(self, io: Any, name: str, buffer: Array) -> None:
+        io.bind_input(name, "cpu", 0, _ONNX_TYPES[buffer.dtype.name], buffer.shape, buffer.ctypes.data)
+
+    def _zero_caches(self) -> dict[str, tuple[Array, Any]]:
+        """For every cache its host array and the ONNX Runtime value that owns (CUDA) or refers to (CPU) the memory."""
+        from onnxruntime import OrtValue
+
+        bindings = self.contract.caches()
+        shape = _shape(bindings[0], {"B": self.batch, "C": self.capacity})
+        dtype = numpy_dtype(self.contract.compute_dtype)
+        size = math.prod(shape) * dtype.itemsize * len(bindings)
+        too_big = ResourceError(
+            f"The KV caches for {self.batch} rows of {self.capacity} tokens need {size / 2**30:.1f} GiB, more than "
+            "there is: use fewer rows or a smaller capacity."
+        )
+        if self._device == "cpu" and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise too_big
+        caches = {}
+        try:
+            for binding in bindings:
+                host = np.zeros(shape, dtype)
+                # ONNX Runtime knows no numpy bfloat16: it is given the bits here, and the type where they are bound.
+                bits = host.view(f"u{host.itemsize}")
+                caches[binding.name] = (host, OrtValue.ortvalue_from_numpy(bits, self._device, 0))
+        except MemoryError:
+            raise too_big from None
+        return caches
+
+    def _clear(self, length_B: Ints) -> None:
+        for host, value in self._caches.values():
+            if self._device != "cpu":
+                host[...] = value.numpy().view(host.dtype)
+            for row, length in enumerate(length_B.tolist()):
+                host[row, :, length:] = 0
+            if self._device != "cpu":
+                value.update_inplace(host.view(f"u{host.itemsize}"))
+
+    def _close(self) -> None:
+        self._steps.clear()
+        self._caches.clear()
+        self._ort = None
+
+
+def _check_device(device: str) -> None:
+    import onnxruntime as ort
+
+    if device not in _PROVIDERS:
+        raise UsageError(f"There is no device {device!r}: choose one of {', '.join(_PROVIDERS)}.")
+    if _PROVIDERS[device] not in ort.get_available_providers():
+        raise BackendError(
+            f'The installed onnxruntime has no {device} support: pip install "glm-export[{device}]" in its place.'
+        )
+
+
+def _load(bundle: Bundle, *, threads: int | None, device: str) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = LOG_SEVERITY
+    options.intra_op_num_threads = threads or 0
+    # Our kernels' library is registered on `options` here.
+    providers = [_PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
+    try:
+        # Constant folding would dequantize the weights into a second, larger copy.
+        return ort.InferenceSession(
+            str(bundle.model_path), options, providers=providers, disabled_optimizers=["ConstantFolding"]
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if type(error).__name__ == "NotImplemented":
+            raise BackendError(
+                f"onnxruntime {ort.__version__} has no kernel that {bundle.model_path} needs ({reason}): install a "
+                "newer one."
+            ) from error
+        raise IntegrityError(
+            f"onnxruntime {ort.__version__} can not load {bundle.model_path} ({reason}): run `glm-export verify`, "
+            "or build the bundle again."
+        ) from error
+
+
+def _check_bindings(nodes: Any, bindings: tuple[Binding, ...], what: str) -> None:
+    seen = [(node.name, node.type) for node in nodes]
+    expected = [(binding.name, f"tensor({_ORT_TYPES[binding.dtype]})") for binding in bindings]
+    if seen == expected:
+        return
+    odd = sorted(set(seen) ^ set(expected)) or seen
+    raise IntegrityError(
+        f"The {what} of model.onnx are not those of the manifest's contract (see {odd[0][0]}, {odd[0][1]}): "
+        "build the bundle again."
+    )
+
+
+def _shape(binding: Binding, dims: dict[str, int]) -> tuple[int, ...]:
+    return tuple(dims[dim] if isinstance(dim, str) else dim for dim in binding.shape)

@@ -1,0 +1,208 @@
+"""The session: one interface to every target, and the checks that no target makes.
+
+A session owns B rows of KV cache. `step` feeds each row its next tokens (right-padded to the longest) and returns
+logits; the session counts how many tokens each row holds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from glm_export.runtime.bundle import Bundle
+from glm_export.runtime.errors import AccuracyError, InputError, ResourceError, UsageError
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+MAX_BATCH = 65536
+"""Far more rows than any cache has room for: a larger number is a mistake."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """What one step computed. `logits` is the session's own buffer: copy it to keep it beyond the next step."""
+
+    logits: Floats
+    """[B,V], of each row's last valid token, or [B,S,V]; unspecified for rows and positions without a new token."""
+    extras: Mapping[str, Array] = field(default_factory=dict)
+    """The optional outputs of the contract, by name; copies that stay valid."""
+
+
+class Session(ABC):
+    """An engine opened for decoding. `with` closes it.
+
+    Subclasses implement `_execute`, `_clear` and `_close`.
+    """
+
+    def __init__(self, bundle: Bundle, *, batch: int | None = None, capacity: int | None = None) -> None:
+        """Checks the sizes; None means the bundle's default.
+
+        Raises:
+            InputError: the bundle has no weights.
+            UsageError: batch is not 1..MAX_BATCH, or capacity not 1..the model's number of positions.
+        """
+        manifest = bundle.manifest
+        if not manifest.weights:
+            raise InputError(f"{bundle.directory} was built without weights: build it from a checkpoint to run it.")
+        self.bundle = bundle
+        self.contract = manifest.contract
+        self.batch = manifest.batch if batch is None else batch
+        self.capacity = manifest.capacity if capacity is None else capacity
+        if not 1 <= self.batch <= MAX_BATCH:
+            raise UsageError(f"batch is {self.batch}: it must be 1..{MAX_BATCH}.")
+        if not 1 <= self.capacity <= manifest.max_position_embeddings:
+            raise UsageError(
+                f"capacity is {self.capacity}: it must be 1..{manifest.max_position_embeddings}, "
+                "the number of positions of the model."
+            )
+        self.closed = False
+        self._length = np.zeros(self.batch, np.int64)
+        self._all_new = np.zeros(self.batch, np.int64)
+
+    @property
+    def length(self) -> Ints:
+        """Valid tokens per row, [B] int64 (a read-only view)."""
+        view = self._length.view()
+        view.flags.writeable = False
+        return view
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forgets the tokens of the given rows, or of all.
+
+        Raises:
+            UsageError: there is no such row.
+        """
+        chosen = range(self.batch) if rows is None else rows
+        for row in chosen:
+            if not 0 <= row < self.batch:
+                raise UsageError(f"There is no row {row}: the session has rows 0..{self.batch - 1}.")
+        self._length[list(chosen)] = 0
+
+    def step(self, tokens: Array, counts: Array | None = None) -> StepOutput:
+        """Appends tokens to every row and computes their logits.
+
+        A row may take fewer than S tokens, or none (it idles); its padding must be valid ids and is not remembered.
+        An error leaves `length` as it was.
+
+        Args:
+            tokens: [B,S] int64 ids, right-padded; [B,S,D] floats for a contract with inputs_embeds.
+            counts: [B] integers, how many of the S tokens each row takes; all of them when None.
+
+        Raises:
+            UsageError: wrong shape or dtype, a count outside 0..S, or the session is closed.
+            InputError: a token id outside the vocabulary, or an embedding that is not finite.
+            ResourceError: a row would outgrow the capacity; nothing was executed.
+            AccuracyError: the engine computed logits that are not finite; nobody should sample from it.
+        """
+        if self.closed:
+            raise UsageError("The session is closed: open another one.")
+        tokens = self._checked_tokens(tokens)
+        taken = self._checked_counts(counts, tokens.shape[1])
+        self._check_capacity(tokens.shape[1], taken)
+        after = self._length + taken
+        try:
+            output = self._execute(tokens, self._length, after)
+            if not np.isfinite(output.logits).all():
+                self._refuse_valid_nonfinite(output.logits, taken)
+                self._clear(after)
+        except Exception:
+            # What was written there may be NaN, and a masked NaN still poisons attention.
+            self._clear(self._length)
+            raise
+        self._length[:] = after
+        return output
+
+    def close(self) -> None:
+        """Frees the engine and the caches; closing twice is fine."""
+        if not self.closed:
+            self.closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @abstractmethod
+    def _execute(self, tokens: Array, write_index_B: Ints, length_B: Ints) -> StepOutput:
+        """Runs the engine on checked inputs: tokens [B,S] or [B,S,D] in the contract's dtype."""
+
+    @abstractmethod
+    def _clear(self, length_B: Ints) -> None:
+        """Zeroes every row's caches from its length on."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Frees everything."""
+
+    @abstractmethod
+    def cache(self, name: str) -> Array:
+        """The KV cache `k_cache.{i}` or `v_cache.{i}`, [B,J,C,A]: a view where it lies in host memory, else a copy."""
+
+    def _checked_tokens(self, tokens: Array) -> Array:
+        embeds = self.contract.inputs_embeds
+        wanted = f"[{self.batch},S,{self.contract.hidden_size}]" if embeds else f"[{self.batch},S]"
+        shape = np.shape(tokens)
+        ok = len(shape) == (3 if embeds else 2) and shape[0] == self.batch and shape[1] >= 1
+        if not ok or (embeds and shape[2] != self.contract.hidden_size):
+            raise UsageError(f"The new tokens have shape {list(shape)}, expected {wanted} with S of at least 1.")
+        if embeds:
+            compute = numpy_dtype(self.contract.compute_dtype)
+            if tokens.dtype not in (compute, np.float32):
+                raise UsageError(f"The embeddings are {tokens.dtype}, expected float32 or {compute}: convert them.")
+            tokens = tokens.astype(compute, copy=False)
+            if not np.isfinite(tokens).all():
+                raise InputError("An embedding is not a finite number in the engine's dtype: check where it came from.")
+            return tokens
+        if tokens.dtype != np.int64:
+            raise UsageError(f"The new tokens are {tokens.dtype}, expected int64: convert them.")
+        if tokens.min() < 0 or tokens.max() >= self.contract.vocab_size:
+            row, position = np.argwhere((tokens < 0) | (tokens >= self.contract.vocab_size))[0].tolist()
+            raise InputError(
+                f"The token id {tokens[row, position]} (row {row}, new token {position}) is not in the vocabulary: "
+                f"use ids 0..{self.contract.vocab_size - 1}."
+            )
+        return tokens
+
+    def _checked_counts(self, counts: Array | None, new: int) -> Ints:
+        if counts is None:
+            self._all_new.fill(new)
+            return self._all_new
+        if np.shape(counts) != (self.batch,) or counts.dtype.kind not in "iu":
+            raise UsageError(f"counts must be [{self.batch}] integers, one per row.")
+        if counts.min() < 0 or counts.max() > new:
+            raise UsageError(f"counts are {counts.tolist()}: each must be 0..{new}, the number of new tokens.")
+        return counts.astype(np.int64, copy=False)
+
+    def _check_capacity(self, new: int, taken: Ints) -> None:
+        # Padding is written too, and targets drop a write beyond the capacity without a word.
+        row = int(self._length.argmax())
+        if self._length[row] + new > self.capacity:
+            raise ResourceError(
+                f"Row {row} holds {self._length[row]} tokens and {new} more ({taken[row]} its own, the rest padding) "
+                f"do not fit the capacity {self.capacity}: open the session with a larger capacity, or reset the row."
+            )
+
+    def _refuse_valid_nonfinite(self, logits: Floats, taken: Ints) -> None:
+        for row in range(self.batch):
+            own = logits[row, : taken[row]] if logits.ndim == 3 else logits[row]
+            if taken[row] and not np.isfinite(own).all():
+                raise AccuracyError(
+                    f"The engine computed logits that are not finite (row {row}, after {self._length[row]} tokens): "
+                    "run `glm-export verify` and `glm-export validate` on the bundle."
+                )
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a contract's dtype name."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
