@@ -1,7 +1,7 @@
-"""checkpoint -> bundle: trace the graph, write the weights one file at a time, tie them together, write the manifest.
+"""checkpoint -> bundle: trace the graph, write the weights file by file, tie them together, write the manifest.
 
-Everything happens in `<bundle>.building`, which gets its final name when it is complete. Each weight file is entered into
-journal.json once it is on disk; a build that was killed goes on after the last one, provided nothing else changed.
+Everything happens in `<bundle>.building`, which gets its final name when it is complete. Each weight file is entered
+into journal.json once it is on disk; a build that was killed goes on after the last one, if nothing else changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.config import Glm4MoeConfig, contract, parse_json
-from glm_export.exporter.layout import Parameter, groups
+from glm_export.exporter.layout import TIED, Parameter, groups
 from glm_export.exporter.progress import Advance, Reporter
 from glm_export.exporter.recipe import Recipe, check_model
 from glm_export.exporter.storage import convert, stored_tensors
@@ -33,7 +33,7 @@ from glm_export.runtime.files import FileRecord, HashingWriter, sha256_of, sync_
 from glm_export.runtime.manifest import Manifest
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-"""Taken over from the checkpoint where it has them; config.json always is."""
+"""Taken over from the checkpoint where it has them."""
 
 _LIBRARIES = ("glm-export", "torch", "onnx", "onnx-ir", "onnxscript", "numpy", "ml-dtypes")
 
@@ -84,8 +84,8 @@ def _build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, staging: Path, re
         inputs_embeds=recipe.export.inputs_embeds,
         outputs=recipe.export.outputs,
     )
-    identity = checkpoint.identity() if checkpoint else {"config_only": True}
-    journal = Journal.open(staging, _key(recipe, identity))
+    identity = checkpoint.identity() | {"path": str(checkpoint.directory.resolve())} if checkpoint else {}
+    journal = Journal.open(staging, _key(recipe, config, identity))
     if checkpoint:
         _check_space(staging, [file for file in files.values() if file.path not in journal.files])
 
@@ -100,7 +100,10 @@ def _build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, staging: Path, re
                     checkpoint, members, files[group], recipe.precision, journal, advance
                 )
     with reporter.stage("writing the graph"):
-        _point_to_weights(model, dict(all_locations(files.values())))
+        locations = dict(all_locations(files.values()))
+        if config.tie_word_embeddings:
+            locations |= {name: locations[shared] for name, shared in TIED.items()}
+        _point_to_weights(model, locations)
         records[MODEL_NAME] = _write_model(model, staging, has_weights=checkpoint is not None)
     records |= _copy_small_files(checkpoint, config, staging)
 
@@ -169,10 +172,10 @@ def _is_still(path: Path, record: FileRecord) -> bool:
     return path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256
 
 
-def _key(recipe: Recipe, identity: Mapping[str, Any]) -> str:
+def _key(recipe: Recipe, config: Glm4MoeConfig, identity: Mapping[str, Any]) -> str:
     """Identifies a build: its choices, its source and the program."""
     version = importlib.metadata.version("glm-export") if _installed("glm-export") else ""
-    text = json.dumps([recipe.to_dict(), identity, version], sort_keys=True, default=str)
+    text = json.dumps([recipe.to_dict(), config.to_hf_dict(), identity, version], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -224,7 +227,8 @@ def _point_to_weights(model: ir.Model, locations: Mapping[str, Location]) -> Non
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue  # a constant of a few bytes
-        assert value.dtype is not None and value.shape is not None
+        assert value.dtype is not None
+        assert value.shape is not None
         location = locations[name]
         value.const_value = ir.ExternalTensor(
             location.path, location.offset, location.length, value.dtype, shape=value.shape, name=name
@@ -244,12 +248,10 @@ def _write_model(model: ir.Model, staging: Path, *, has_weights: bool) -> FileRe
 
 
 def _copy_small_files(checkpoint: Checkpoint | None, config: Glm4MoeConfig, staging: Path) -> dict[str, FileRecord]:
-    if checkpoint is None:
-        text = json.dumps(config.to_hf_dict(), indent=2)
-        return {"config.json": write_text_durably(staging / "config.json", text)}
-    records = {}
-    for name in ("config.json", *COPIED):
-        if (checkpoint.directory / name).is_file():
+    # Our own rendering of config.json: it says what was built, with --layers too, and has no key that nobody read.
+    records = {"config.json": write_text_durably(staging / "config.json", json.dumps(config.to_hf_dict(), indent=2))}
+    for name in COPIED:
+        if checkpoint and (checkpoint.directory / name).is_file():
             with HashingWriter(staging / name) as writer:
                 writer.write((checkpoint.directory / name).read_bytes())
             records[name] = writer.record
@@ -266,5 +268,7 @@ def _stop_ids(staging: Path, config: Glm4MoeConfig) -> tuple[int, ...]:
     if ids is None:
         return config.eos_token_id
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
-        raise InputError(f"generation_config.json: eos_token_id is {ids}, expected token ids below {config.vocab_size}.")
+        raise InputError(
+            f"generation_config.json: eos_token_id is {ids}, expected token ids below {config.vocab_size}."
+        )
     return tuple(ids)

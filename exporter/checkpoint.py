@@ -6,6 +6,7 @@ never read, and a build holds no more of the source than the expert it works on.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import mmap
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from glm_export.exporter.config import Glm4MoeConfig, parse_json, plural
-from glm_export.exporter.layout import Parameter, expert_parts, layer_index, parameters, parts
+from glm_export.exporter.layout import TIED, Parameter, expert_parts, layer_index, parameters, parts
 from glm_export.runtime.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -67,6 +68,8 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     mtp_tensors: dict[str, StoredTensor]
     """Tensors of the multi-token-prediction layers, set aside."""
+    ignored: tuple[str, ...]
+    """Unknown config keys that the user vouched for."""
 
     _tensors: dict[str, StoredTensor]
 
@@ -115,8 +118,22 @@ class Checkpoint:
             )
         digest = hashlib.sha256(config_bytes).hexdigest()
         return cls(
-            directory=directory, config=config, config_sha256=digest, shards=shards, mtp_tensors=mtp, _tensors=tensors
+            directory=directory,
+            config=config,
+            config_sha256=digest,
+            shards=shards,
+            mtp_tensors=mtp,
+            ignored=tuple(sorted(ignore)),
+            _tensors=tensors,
         )
+
+    def with_layers(self, num_hidden_layers: int) -> Checkpoint:
+        """The same checkpoint cut after its first layers.
+
+        Raises:
+            UsageError: it has fewer.
+        """
+        return dataclasses.replace(self, config=self.config.with_layers(num_hidden_layers))
 
     def source_dtype(self, parameter: Parameter) -> torch.dtype:
         """The dtype in which the checkpoint stores a parameter; all experts of a parameter share one."""
@@ -146,6 +163,7 @@ class Checkpoint:
         """What tells this checkpoint from another without reading its weights; no absolute paths."""
         return {
             "config_sha256": self.config_sha256,
+            "ignored_config_keys": list(self.ignored),
             "shards": [{"file": s.file, "size": s.size, "header_sha256": s.header_sha256} for s in self.shards],
         }
 
@@ -285,6 +303,9 @@ def _index_problems(files: dict[str, set[str]], tensors: dict[str, StoredTensor]
 def _layout_problems(config: Glm4MoeConfig, tensors: dict[str, StoredTensor]) -> Iterator[str]:
     """Every tensor that is missing, unexpected, or of another shape or dtype than the layout's."""
     unexpected = dict(tensors)
+    if config.tie_word_embeddings:
+        for name in TIED:  # as in transformers, a copy that some writers store all the same does not count
+            unexpected.pop(name, None)
     for parameter in parameters(config).values():
         packed = parameter.name in tensors
         first_dtype: str | None = None

@@ -366,8 +366,6 @@ def _check(c: Glm4MoeConfig) -> None:
         _expect(getattr(c, name) > 0, f"{name} is {getattr(c, name)}", "a positive number")
     _expect(c.hidden_act == "silu", f"hidden_act is {c.hidden_act!r}", "'silu'")
     _expect(c.dtype in DTYPES, f"dtype is {c.dtype!r}", f"one of {', '.join(DTYPES)}")
-    tied = "tie_word_embeddings is true, which is not supported"
-    _expect(not c.tie_word_embeddings, tied, "a separate lm_head.weight as in every released model")
     heads = (
         f"num_attention_heads {c.num_attention_heads} does not divide by num_key_value_heads {c.num_key_value_heads}"
     )

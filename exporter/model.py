@@ -1,11 +1,11 @@
-"""Glm4MoeForCausalLM in plain PyTorch: the definition every engine is judged against. Read it top to bottom.
+"""Glm4MoeForCausalLM in plain PyTorch: the definition every engine is judged against. Read it downwards.
 
-It is slow and exact: the arithmetic is in the `glm` ops (float32 inside, one rounding per op), so what is traced is what
-is tested. Parameters carry the Hugging Face names, with the experts of a layer packed into one tensor. Precision is a
-matter of dtypes alone: fp32, bf16, fp16, or fp8 (E4M3 weights with row scales, activations quantized per token).
+It is slow and exact: the arithmetic is in the `glm` ops (float32 inside, one rounding per op), so what is traced is
+what is tested. Parameters carry the Hugging Face names, with the experts of a layer packed into one tensor. Precision
+is a matter of dtypes alone: fp32, bf16, fp16, or fp8 (E4M3 weights with row scales, activations quantized per token).
 
-Letters: B batch, S new tokens, C cache capacity, T = B*S tokens, D hidden, H query heads, J key/value heads, A head size,
-R = rotary_dim / 2, F expert width, E experts, K chosen, V vocabulary.
+Letters: B batch, S new tokens, C cache capacity, T = B*S tokens, D hidden, H query heads, J key/value heads, A head
+size, R = rotary_dim / 2, F expert width, E experts, K chosen, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _parameter(precision: str, kind: str, *shape: int) -> nn.Parameter:
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b, rounded once. (Written in float32, because ONNX Runtime adds no bfloat16 on a CPU.)"""
+    """Adds and rounds once. Written in float32, because ONNX Runtime adds no bfloat16 on a CPU."""
     return (a.float() + b.float()).to(a.dtype)
 
 
@@ -59,7 +59,7 @@ class Linear(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of each position's angles, float32. theta^(-2r/rotary_dim), r < R, over rotary_dim and not head_dim."""
+    """cos and sin of every position's angles, float32: theta^(-2r / rotary_dim), over rotary_dim and not head_dim."""
 
     def __init__(self, config: Glm4MoeConfig) -> None:
         super().__init__()
@@ -67,7 +67,9 @@ class RotaryEmbedding(nn.Module):
         self.theta = config.rope_theta
 
     def forward(self, position_BS: Tensor) -> tuple[Tensor, Tensor]:
-        exponent_R = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=position_BS.device) / self.rotary_dim
+        exponent_R = (
+            torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=position_BS.device) / self.rotary_dim
+        )
         inv_freq_R = 1.0 / self.theta**exponent_R
         angle_BSR = position_BS.unsqueeze(-1).float() * inv_freq_R
         return angle_BSR.cos(), angle_BSR.sin()
@@ -125,7 +127,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(precision, "linear", intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        y: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return y
 
 
 class Router(nn.Module):
@@ -311,7 +314,8 @@ class Glm4MoeForCausalLM(nn.Module):
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("a loss needs the logits of all tokens: leave logits_to_keep at 0")
 
-        x_BSD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.to(self.compute_dtype)
+        # The weights may be of a narrower dtype than the activations (float32 reference of a bfloat16 checkpoint).
+        x_BSD = (self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds).to(self.compute_dtype)
         B, S = x_BSD.shape[:2]
         if write_index is None:
             write_index = torch.zeros(B, dtype=torch.int64, device=x_BSD.device)

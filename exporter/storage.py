@@ -46,9 +46,7 @@ def stored_tensors(parameter: Parameter, precision: str) -> tuple[WeightTensor, 
     values = WeightTensor(name=parameter.name, shape=parameter.shape, dtype=dtype, small=small)
     if dtype != torch.float8_e4m3fn:
         return (values,)
-    scale = WeightTensor(
-        name=scale_name(parameter.name), shape=parameter.shape[:-1], dtype=torch.float32, small=True
-    )
+    scale = WeightTensor(name=scale_name(parameter.name), shape=parameter.shape[:-1], dtype=torch.float32, small=True)
     return values, scale
 
 

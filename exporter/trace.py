@@ -1,7 +1,7 @@
 """config + precision + contract -> the ONNX graph, without a single weight in memory.
 
-The reference model is exported on fake tensors, one engine step with the contract's inputs and outputs, then cleaned up,
-named and given the ops' portable bodies. Initializers are left without data: weights.py says where theirs lies.
+The reference model is exported on fake tensors, one engine step with the contract's inputs and outputs, then cleaned
+up, named and given the ops' portable bodies. Initializers stay without data: build.py points them to their files.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Step(Glm4MoeForCausalLM):
     def forward(  # type: ignore[override]
         self, tokens: Tensor, write_index: Tensor, length: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
+        """Takes and returns what the contract's tables list, in their order."""
         last = self.contract.logits == "last"
         # The last valid token of each row; an idle row (nothing new) gets some token's logits, which nobody reads.
         last_B1 = (length - write_index - 1).clamp(min=0).unsqueeze(1)
@@ -77,9 +78,7 @@ def trace(config: Glm4MoeConfig, precision: str, contract: Contract) -> ir.Model
         arguments = tuple(_example(binding) for binding in inputs)
         dynamic = tuple({axis: free[d] for axis, d in enumerate(b.shape) if isinstance(d, str)} for b in inputs)
         with _quiet():
-            program = torch.export.export(
-                step, arguments, dynamic_shapes=(*dynamic[:3], dynamic[3:]), strict=False
-            )
+            program = torch.export.export(step, arguments, dynamic_shapes=(*dynamic[:3], dynamic[3:]), strict=False)
             exported = torch.onnx.export(
                 program,
                 (),
@@ -161,9 +160,7 @@ def _renamed(dim: int | ir.SymbolicDim, symbols: dict[str, str]) -> int | str:
 
 def _add_bodies(model: ir.Model, contract: Contract) -> None:
     """Puts in the portable bodies, those that this graph uses."""
-    for proto in portable_functions(
-        compute_dtype=contract.compute_dtype, attentions="attentions" in contract.outputs
-    ):
+    for proto in portable_functions(compute_dtype=contract.compute_dtype, attentions="attentions" in contract.outputs):
         function = ir.serde.deserialize_function(proto)
         model.functions[function.identifier()] = function
     passes.RemoveUnusedFunctionsPass()(model)

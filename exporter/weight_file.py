@@ -108,7 +108,7 @@ class WeightFile:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """A CPU tensor's bytes, without a copy where it is contiguous."""
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy().data).cast("B")
 
 
 def _entry(dtype: str, shape: tuple[int, ...], start: int, end: int) -> dict[str, object]:

@@ -22,15 +22,30 @@ Read = Callable[[str], Tensor]
 """Returns a tensor of the model's state dict by name."""
 
 
-def reference_of_bundle(bundle: Bundle, *, stream: bool = False) -> Glm4MoeForCausalLM:
-    """The precision-aware reference: exactly the numbers that the bundle's engines compute with."""
-    config = Glm4MoeConfig.from_file(bundle.file("config.json"))
-    return _reference(config, bundle.manifest.precision, read_bundle(bundle, config), stream=stream)
+def reference_of_bundle(bundle: Bundle, *, stream: bool = False, permute_seed: int | None = None) -> Glm4MoeForCausalLM:
+    """The precision-aware reference: exactly the numbers that the bundle's engines compute with.
+
+    Args:
+        bundle: an opened bundle.
+        stream: read each layer's weights when it runs and forget them afterwards.
+        permute_seed: put the hidden channels into a random order. That is the same model in exact arithmetic, FP8 row
+            scales included; what changes is the order in which float32 sums are taken.
+    """
+    config = bundle_config(bundle)
+    read = read_bundle(bundle, config)
+    if permute_seed is not None:
+        read = _permuted(read, config, permute_seed)
+    return _reference(config, bundle.manifest.precision, read, stream=stream)
 
 
 def reference_of_checkpoint(checkpoint: Checkpoint, *, stream: bool = False) -> Glm4MoeForCausalLM:
     """The float32 reference: the checkpoint's weights in their own dtype (exact in float32), float32 activations."""
     return _reference(checkpoint.config, "fp32", read_checkpoint(checkpoint), stream=stream)
+
+
+def bundle_config(bundle: Bundle) -> Glm4MoeConfig:
+    """The config of the model in a bundle."""
+    return Glm4MoeConfig.from_file(bundle.file("config.json"))
 
 
 def read_bundle(bundle: Bundle, config: Glm4MoeConfig) -> Read:
@@ -64,6 +79,32 @@ def read_checkpoint(checkpoint: Checkpoint) -> Read:
     return read
 
 
+def _permuted(read: Read, config: Glm4MoeConfig, seed: int) -> Read:
+    """Reads tensors with their hidden axis, wherever it is, in a random order."""
+    order = torch.randperm(config.hidden_size, generator=torch.Generator().manual_seed(seed))
+
+    def permuted(name: str) -> Tensor:
+        tensor = read(name)
+        axis = _hidden_axis(name)
+        if axis is None:
+            return tensor
+        # Selecting by index is not implemented for FP8.
+        raw = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+        return raw.index_select(axis, order).view(tensor.dtype)
+
+    return permuted
+
+
+def _hidden_axis(name: str) -> int | None:
+    """Which axis of a tensor runs over the hidden channels of the residual stream."""
+    writes = ("o_proj.", "down_proj")  # [.., D, in], and scales [.., D]
+    if any(part in name for part in writes):
+        return -1 if name.endswith("_scale") else -2
+    if name.endswith(("_scale", "bias", "q_norm.weight", "k_norm.weight")):
+        return None
+    return -1
+
+
 def _reference(config: Glm4MoeConfig, precision: str, read: Read, *, stream: bool) -> Glm4MoeForCausalLM:
     with torch.device("meta"):
         model = Glm4MoeForCausalLM(config, precision).eval()
@@ -71,7 +112,7 @@ def _reference(config: Glm4MoeConfig, precision: str, read: Read, *, stream: boo
     units |= {f"model.layers.{i}": layer for i, layer in enumerate(model.model.layers)}
     for prefix, unit in units.items():
         if stream:
-            unit.register_forward_pre_hook(lambda unit, _, prefix=prefix: _load(unit, prefix, read))  # type: ignore[misc]
+            unit.register_forward_pre_hook(lambda unit, _, prefix=prefix: _load(unit, prefix, read))
             unit.register_forward_hook(_unload)
         else:
             _load(unit, prefix, read)

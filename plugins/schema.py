@@ -1,4 +1,4 @@
-"""How an op is described: the single source that the torch op, the ONNX bodies and later the kernels are checked against."""
+"""How an op is described: the single source that its torch op, ONNX bodies and kernels are checked against."""
 
 from __future__ import annotations
 

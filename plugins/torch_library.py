@@ -1,4 +1,4 @@
-"""Registers a reference as a `torch.library` op of the `glm` namespace and derives its ONNX translation from the schema."""
+"""Registers a reference as a torch op of the `glm` namespace and derives its ONNX translation from the schema."""
 
 from __future__ import annotations
 

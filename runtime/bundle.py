@@ -77,6 +77,11 @@ class Bundle:
                 bundle.file(path, hashed=check == "full" or not path.startswith(_BIG_FOLDERS), progress=progress)
         return bundle
 
+    def require_weights(self) -> None:
+        """Raises InputError if this is a graph without weights, which can be looked at but not run."""
+        if not self.manifest.weights:
+            raise InputError(f"{self.directory} was built without weights: build it from a checkpoint to run it.")
+
     @property
     def total_bytes(self) -> int:
         """The size of all files that the manifest lists."""

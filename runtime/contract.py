@@ -120,7 +120,9 @@ class Contract:
                     name=f"hidden_states.{i}",
                     shape=("B", "S", self.hidden_size),
                     dtype=self.compute_dtype,
-                    meaning="embeddings" if i == 0 else f"after layer {i - 1}" + (", normed" if i == len(layers) else ""),
+                    meaning="embeddings"
+                    if i == 0
+                    else f"after layer {i - 1}" + (", normed" if i == len(layers) else ""),
                 )
                 for i in range(len(layers) + 1)
             )

@@ -51,8 +51,7 @@ class Session(ABC):
             UsageError: batch is not 1..MAX_BATCH, or capacity not 1..the model's number of positions.
         """
         manifest = bundle.manifest
-        if not manifest.weights:
-            raise InputError(f"{bundle.directory} was built without weights: build it from a checkpoint to run it.")
+        bundle.require_weights()
         self.bundle = bundle
         self.contract = manifest.contract
         self.batch = manifest.batch if batch is None else batch

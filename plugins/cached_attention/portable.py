@@ -1,8 +1,8 @@
 """TensorScatter writes the cache in place where the runtime binds input and output to one buffer.
 
 Attention then reads the cache only up to the longest row: the Slice keeps the cost of a step near the tokens in use,
-whatever the capacity. `nonpad_kv_seqlen` is write_index + S, because Attention's causal mask is aligned to its end: query
-i of S sees positions up to nonpad_kv_seqlen - S + i = write_index + i.
+whatever the capacity. `nonpad_kv_seqlen` is write_index + S, because Attention's causal mask is aligned to its end:
+query i of S sees positions up to nonpad_kv_seqlen - S + i = write_index + i.
 """
 
 _BODY = """
@@ -48,7 +48,8 @@ _ATTENTION_WITH_PROBABILITIES = """
   unused = Sub (capacity, longest)
   last_axis = Constant <value_ints: ints = [3]> ()
   pads = Concat <axis: int = 0> (start, unused)
-  attentions = Pad (probs_BHSP, pads, , last_axis)
+  zero = Constant <value_float: float = 0.0> ()
+  attentions = Pad (probs_BHSP, pads, zero, last_axis)
 """
 
 

@@ -7,7 +7,7 @@ from glm_export.plugins.fp8 import dequantize_rows, fake_quantize_rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y [..., O] in the dtype of x [..., I]; weight [O, I] of any floating dtype, bias [O] float32."""
+    """Returns y [..., O] in the dtype of x [..., I]; weight [O, I] of any floating dtype, bias [O] float32."""
     return F.linear(x.float(), weight.float(), bias).to(x.dtype)
 
 

@@ -23,5 +23,5 @@ FP8_LINEAR = OpSchema(
         _BIAS,
     ),
     outputs=(_Y,),
-    doc="W8A8: x is quantized per row to E4M3 (scale amax/448), then y = (x_q @ weight^T) * x_scale * weight_scale + bias.",
+    doc="W8A8: x is quantized per row to E4M3 (scale amax/448), y = (x_q @ weight^T) * x_scale * weight_scale + bias.",
 )

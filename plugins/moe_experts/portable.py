@@ -62,7 +62,7 @@ def _body(substitutions: dict[str, str]) -> str:
 
 
 def moe_experts(dtype: str) -> str:
-    """The body for expert weights of an ONNX text dtype: float, bfloat16 or float16. (A Scan body states its types.)"""
+    """The body for expert weights of an ONNX text dtype: float, bfloat16 or float16; a Scan body states its types."""
     return _body(
         {
             "NAME": "MoEExperts",

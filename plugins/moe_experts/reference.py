@@ -1,7 +1,7 @@
 """Routed experts, one expert after the other.
 
-The intermediate activations are rounded to the dtype of `hidden` (and in FP8 then per row to E4M3), because that is what
-the second matrix product of every real kernel reads; gate, up and the weighted sum stay float32.
+The intermediate activations are rounded to the dtype of `hidden` (and in FP8 then per row to E4M3), because that is
+what the second matrix product of every real kernel reads; gate, up and the weighted sum stay float32.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from torch import Tensor
 from glm_export.plugins.fp8 import dequantize_rows, fake_quantize_rows
 
 
-def moe_experts(
-    hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """out [T, D] in the dtype of hidden [T, D].
+def moe_experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Returns out [T, D] in the dtype of hidden [T, D].
 
     Args:
         hidden: [T, D].
@@ -46,7 +44,7 @@ def fp8_moe_experts(
     down: Tensor,
     down_scale: Tensor,
 ) -> Tensor:
-    """As `moe_experts`, with E4M3 weights, row scales [E, 2F] and [E, D] float32, and activations rounded to FP8 rows."""
+    """As `moe_experts` with E4M3 weights, row scales [E, 2F] and [E, D] float32, and activations rounded to FP8 rows."""
     return _sum_over_experts(
         fake_quantize_rows(hidden),
         expert_ids,

@@ -38,7 +38,7 @@ MoERouter <top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor>
   top_k_0 = Constant <value_int: int = @top_k> ()
   top_k_1 = Unsqueeze (top_k_0, zero_i)
   top_values, ids_TK = TopK <axis: int = -1> (masked_TE, top_k_1)
-  weights_TK = GatherElements <axis: int = -1> (scores_TE, ids_TK)
+  weights_TK = GatherElements <axis: int = 1> (scores_TE, ids_TK)
   weight_sum = ReduceSum (weights_TK, last)
   epsilon = Constant <value_float: float = 1e-20> ()
   weight_sum_eps = Add (weight_sum, epsilon)

@@ -47,5 +47,5 @@ def moe_router(
 
 
 def _stable_top_k(x: Tensor, k: int) -> Tensor:
-    """Indices [..., k] of the k largest; among equals the lowest index. (torch.topk promises no order of ties.)"""
+    """Indices [..., k] of the k largest; among equals the lowest index, which torch.topk does not promise."""
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :k]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [..., D] normalized over D; weight [D] float32.
+    """Returns x [..., D] normalized over D; weight [D] float32.
 
     transformers rounds once more, between normalizing and multiplying by the weight; like every engine we do not.
     """

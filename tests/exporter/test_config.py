@@ -149,7 +149,6 @@ def test_old_and_new_spellings_are_equal():
         ({"n_group": 128, "topk_group": 16}, "leaves 1 expert per group, expected at least 2"),
         ({"n_group": 32, "topk_group": 1}, "num_experts_per_tok 8 is more than the 4 experts"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is true, which is not supported"),
         ({"hidden_size": 0}, "hidden_size is 0, expected 1 to"),
         ({"moe_intermediate_size": -1408}, "moe_intermediate_size is -1408"),
         ({"vocab_size": 10**400}, "vocab_size is 1000"),

@@ -1,0 +1,277 @@
+"""Proves, number by number, how close an engine is to the PyTorch reference.
+
+The engine decodes seeded prompts of different lengths: prefill in two chunks, then N greedy cached steps. The same
+tokens then go through the references in one pass without any cache, so that cache, ragged rows and chunks are part of
+what is proven, and a model of any size is read once, layer by layer:
+
+    engine against the precision-aware reference   judged: same weights and roundings, only the order of sums differs
+    that reference against its permuted twin       the noise: what the order of sums alone does to this model
+    engine against the float32 reference           drift: what the precision costs (reported; judged by no one here)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from glm_export.exporter.checkpoint import Checkpoint
+from glm_export.exporter.compare import Comparison, Tolerance, Verdict
+from glm_export.exporter.model import Glm4MoeForCausalLM
+from glm_export.exporter.progress import Reporter
+from glm_export.exporter.recipe import Recipe
+from glm_export.exporter.weights import bundle_config, read_bundle, reference_of_bundle, reference_of_checkpoint
+from glm_export.runtime.bundle import Bundle
+from glm_export.runtime.contract import COMPUTE_DTYPES
+from glm_export.runtime.errors import InputError, UsageError
+from glm_export.runtime.files import write_text_durably
+from glm_export.runtime.generate import decode_step, prefill
+from glm_export.runtime.open import open_session
+from glm_export.runtime.session import Session, StepOutput
+
+Floats = npt.NDArray[np.float32]
+
+REPORT = "reports/validation.json"
+
+_ROUNDOFF = {"float32": 2.0**-20, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""Unit roundoff of the activations; in float32 a few ulps, because engines use an exp, sin and cos of their own."""
+
+_E4M3_NOISE = 2.0**-4 * (1 / 6) ** 0.5
+"""Root mean square of E4M3's relative rounding error: uniform within 2^-4 of a mantissa that is uniform in 1..2, so
+2^-4 / sqrt(3) * sqrt(mean of 1/m^2) = 0.0255."""
+
+
+def tolerances(precision: str, layers: int) -> tuple[Tolerance, Tolerance]:
+    """Bounds on the relative L2 of logits between an engine and its precision-aware reference: overall, and per row.
+
+    Both compute the same products and differ in the order of float32 sums, which now and then turns a rounding around.
+    At worst all roundings of the residual stream are unrelated: 2 updates per layer, embedding and final norm, each of
+    one unit roundoff, in quadrature. In FP8 a row whose early tokens saw such a turn in a quantizer carries it in its
+    cache; at worst the two runs' E4M3 errors are unrelated (sqrt 2), in two quantizers one after the other (sqrt 2).
+    """
+    dtype = COMPUTE_DTYPES[precision]
+    stream = Tolerance(
+        bound=_ROUNDOFF[dtype] * (2 * layers + 2) ** 0.5, reason=f"{dtype} roundoff in {2 * layers + 2} updates"
+    )
+    if precision != "fp8":
+        return stream, stream
+    quantizers = Tolerance(bound=2 * _E4M3_NOISE, reason="unrelated E4M3 rounding in two quantizers")
+    return stream, max(stream, quantizers, key=lambda tolerance: tolerance.bound)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """The outcome of a validation. True if the engine passed."""
+
+    bundle: str
+    target: str
+    precision: str
+    prompt_lengths: tuple[int, ...]
+    steps: int
+    engine: Comparison
+    noise: Comparison
+    drift: Comparison | None
+    verdict: Verdict
+
+    @property
+    def passed(self) -> bool:
+        """Whether the engine is within the tolerance."""
+        return bool(self.verdict)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        compared = {"engine": self.engine, "noise": self.noise, "drift": self.drift}
+        return {
+            "passed": self.passed,
+            "bundle": self.bundle,
+            "target": self.target,
+            "precision": self.precision,
+            "prompt_lengths": list(self.prompt_lengths),
+            "steps": self.steps,
+            "verdict": self.verdict.to_dict(),
+            **{
+                name: {"title": c.title, **c.summary(), "per_step": c.steps()} if c else None
+                for name, c in compared.items()
+            },
+        }
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        head = ("", "rel. L2 median", "max", "max abs", "cosine min", "KL mean", "top-1", "greedy")
+        rows = [head]
+        for comparison in (self.engine, self.noise, *((self.drift,) if self.drift else ())):
+            s = comparison.summary()
+            rows.append(
+                (
+                    comparison.title,
+                    *(f"{s[key]:.2e}" for key in ("relative_l2_median", "relative_l2_max", "max_abs")),
+                    f"{s['cosine_min']:.6f}",
+                    f"{s['kl_mean']:.2e}",
+                    f"{100 * s['top1_agreement']:.1f}%",
+                    f"{s['greedy_tokens_agreed']}/{s['greedy_tokens']}",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return [
+            f"{self.bundle} ({self.precision}, {self.target}): {len(self.prompt_lengths)} rows with prompts of "
+            f"{', '.join(map(str, self.prompt_lengths))} tokens, prefill and {self.steps} cached steps",
+            *table,
+            f"{'passed' if self else 'FAILED'}: {self.verdict}",
+        ]
+
+
+def validate(
+    bundle: Bundle,
+    *,
+    target: str = "onnxruntime",
+    checkpoint: Path | None = None,
+    drift: bool = True,
+    prompts: int | None = None,
+    prompt_tokens: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    reporter: Reporter,
+) -> Report:
+    """Compares an engine of the bundle with the references and writes reports/validation.json.
+
+    Args:
+        bundle: an opened bundle.
+        target: which engine.
+        checkpoint: where the source is, if it is not where it was at the build.
+        drift: whether to compare with the float32 reference, which needs the checkpoint.
+        prompts: rows; like the next three, the recipe's number when None.
+        prompt_tokens: length of the longest prompt.
+        steps: cached steps.
+        seed: of the random prompts.
+        threads: CPU threads of the engine.
+        reporter: where progress goes.
+
+    Raises:
+        InputError: the checkpoint is needed and is missing, or is another one.
+        AccuracyError: logits that are not finite.
+        UsageError: a number below 1.
+    """
+    recipe = Recipe.from_dict(bundle.manifest.recipe).validate
+    rows, longest, steps, seed = (
+        given if given is not None else default
+        for given, default in (
+            (prompts, recipe.prompts),
+            (prompt_tokens, recipe.prompt_tokens),
+            (steps, recipe.steps),
+            (seed, recipe.seed),
+        )
+    )
+    if min(rows, longest, steps) < 1 or seed < 0:
+        raise UsageError(f"{rows} prompts of {longest} tokens, {steps} steps, seed {seed}: expected 1 or more of each.")
+    bundle.require_weights()
+    # Before anything that takes long.
+    source = _source(bundle, checkpoint) if drift else None
+
+    prompt_ids = _random_prompts(bundle.manifest.contract.vocab_size, rows, longest, seed)
+    capacity = min(longest + steps, bundle.manifest.max_position_embeddings)
+    with (
+        reporter.stage(f"running the {target} engine"),
+        open_session(bundle, target=target, batch=rows, capacity=capacity, threads=threads) as session,
+    ):
+        tokens, engine = _decode(_with_embeddings(session), prompt_ids, steps)
+    with reporter.stage("running the precision-aware reference"):
+        reference = _forward(reference_of_bundle(bundle, stream=True), prompt_ids, tokens)
+    with reporter.stage("running its permuted twin"):
+        twin = _forward(reference_of_bundle(bundle, stream=True, permute_seed=seed), prompt_ids, tokens)
+    fp32 = None
+    if source:
+        with reporter.stage("running the float32 reference"):
+            fp32 = _forward(reference_of_checkpoint(source, stream=True), prompt_ids, tokens)
+
+    manifest = bundle.manifest
+    comparison = Comparison.of(f"engine - {manifest.precision} reference", engine, reference)
+    noise = Comparison.of(f"{manifest.precision} reference - its twin", twin, reference)
+    overall, per_row = tolerances(manifest.precision, manifest.contract.num_hidden_layers)
+    report = Report(
+        bundle=manifest.name,
+        target=target,
+        precision=manifest.precision,
+        prompt_lengths=tuple(map(len, prompt_ids)),
+        steps=steps,
+        engine=comparison,
+        noise=noise,
+        drift=None if fp32 is None else Comparison.of("engine - fp32 reference (drift)", engine, fp32),
+        verdict=Verdict.of(comparison, noise, overall=overall, per_row=per_row),
+    )
+    path = bundle.directory / REPORT
+    path.parent.mkdir(exist_ok=True)
+    write_text_durably(path, json.dumps(report.to_dict(), indent=1))
+    return report
+
+
+def _source(bundle: Bundle, given: Path | None) -> Checkpoint:
+    identity = dict(bundle.manifest.source)
+    path = given or Path(identity.pop("path"))
+    if not path.is_dir():
+        raise InputError(
+            f"The checkpoint is no longer at {path}: say where it is with --checkpoint, or leave the drift out with "
+            "--no-drift."
+        )
+    ignored = identity.get("ignored_config_keys", ())
+    checkpoint = Checkpoint.open(path, ignored)
+    seen = checkpoint.identity()
+    if any(seen[key] != identity.get(key) for key in seen):
+        raise InputError(f"{path} is not the checkpoint this bundle was built from: use the original, or --no-drift.")
+    return checkpoint.with_layers(bundle.manifest.contract.num_hidden_layers)
+
+
+def _random_prompts(vocab_size: int, rows: int, longest: int, seed: int) -> list[list[int]]:
+    """Random tokens; the first prompt is the longest, the last has one token, the others lie between."""
+    rng = np.random.default_rng(seed)
+    lengths = np.linspace(longest, 1, rows).round().astype(int)
+    return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+
+
+def _decode(session: Session, prompts: Sequence[Sequence[int]], steps: int) -> tuple[npt.NDArray[np.int64], Floats]:
+    """The engine's greedy tokens [N, B] and logits [N+1, B, V]; stop tokens do not stop."""
+    chunk = max(len(prompt) for prompt in prompts) // 2 + 1
+    logits = [prefill(session, prompts, chunk)]
+    tokens = []
+    for _ in range(steps):
+        tokens.append(logits[-1].argmax(-1))
+        logits.append(decode_step(session, tokens[-1].tolist()).copy())
+    return np.stack(tokens), np.stack(logits)
+
+
+def _forward(model: Glm4MoeForCausalLM, prompts: Sequence[Sequence[int]], tokens_NB: npt.NDArray[np.int64]) -> Floats:
+    """A reference's logits [N+1, B, V] at the same places, from one pass over prompt and tokens without a cache."""
+    steps = len(tokens_NB)
+    ids = [[*prompt, *tokens_NB[:, row].tolist()] for row, prompt in enumerate(prompts)]
+    longest = max(map(len, ids))
+    ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+    length_B = torch.tensor([len(row) for row in ids])
+    places_BN = (length_B - 1 - steps).unsqueeze(1) + torch.arange(steps + 1)
+    with torch.no_grad():
+        logits_BNV = model(ids_BS, length=length_B, logits_to_keep=places_BN).logits
+    return cast(Floats, logits_BNV.transpose(0, 1).numpy())
+
+
+def _with_embeddings(session: Session) -> Session:
+    """The session itself, or one that looks up the embeddings which its engine wants in place of token ids."""
+    if not session.contract.inputs_embeds:
+        return session
+    config = bundle_config(session.bundle)
+    table_VD = read_bundle(session.bundle, config)("model.embed_tokens.weight").float().numpy()
+    step = session.step
+
+    def step_with_lookup(tokens: npt.NDArray[Any], counts: npt.NDArray[Any] | None = None) -> StepOutput:
+        return step(table_VD[tokens], counts)
+
+    session.step = step_with_lookup  # type: ignore[method-assign]
+    return session

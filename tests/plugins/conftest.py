@@ -1,0 +1,203 @@
+"""What the tests of the ops share: a comparison that explains itself, and an op's three evaluators."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor
+
+import glm_export.plugins.torch_ops  # noqa: F401 (defines torch.ops.glm)
+from glm_export.plugins.bodies import OPSET, portable_functions
+from glm_export.plugins.ops import OPS
+from glm_export.plugins.schema import DOMAIN, VERSION
+from glm_export.plugins.schema import Tensor as TensorSchema
+
+NUMPY_DTYPES = {
+    torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    torch.float8_e4m3fn: np.dtype(ml_dtypes.float8_e4m3fn),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+}
+ONNX_DTYPES = {dtype: helper.np_dtype_to_tensor_dtype(numpy) for dtype, numpy in NUMPY_DTYPES.items()}
+TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in ONNX_DTYPES.items()}
+
+
+class ExpectClose(Protocol):
+    def __call__(self, got: Tensor, want: Tensor, tolerance: float | Tensor, what: str = ...) -> None: ...
+
+
+class Evaluate(Protocol):
+    def __call__(self, name: str, *inputs: Tensor | None, outputs: int = ..., **attributes: float) -> list[Tensor]: ...
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """The tensors of these tests are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def expect_close() -> ExpectClose:
+    """Compares element by element in float64; a failure names the worst element."""
+
+    def compare(got: Tensor, want: Tensor, tolerance: float | Tensor, what: str = "result") -> None:
+        assert got.shape == want.shape, f"{what}: got shape {tuple(got.shape)}, want {tuple(want.shape)}"
+        got, want = got.double(), want.double()
+        assert got.isfinite().all(), f"{what}: {int((~got.isfinite()).sum())} elements are not finite"
+        error, allowed = (got - want).abs(), torch.as_tensor(tolerance, dtype=torch.float64).expand(want.shape)
+        excess = error - allowed
+        if got.numel() == 0 or excess.max() <= 0:
+            return
+        where = np.unravel_index(int(excess.argmax()), tuple(want.shape))
+        pytest.fail(
+            f"{what}: {int((excess > 0).sum())} of {want.numel()} elements are off, worst at {[int(i) for i in where]}: "
+            f"got {got[where]:.9g}, want {want[where]:.9g}, error {error[where]:.3g}, tolerance {allowed[where]:.3g}"
+        )
+
+    return compare
+
+
+@pytest.fixture(params=["reference", "onnxruntime", "onnx_reference"])
+def evaluate(request: pytest.FixtureRequest) -> Evaluate:
+    """An op on real tensors: the torch op, or its portable body as a one-node model in one of two ONNX evaluators."""
+    run = {"reference": _torch_op, "onnxruntime": _onnxruntime, "onnx_reference": _onnx_reference}[request.param]
+
+    def evaluate(name: str, *inputs: Tensor | None, outputs: int = 0, **attributes: float) -> list[Tensor]:
+        op = OPS[name]
+        outputs = outputs or len(op.outputs)
+        found = run(name, inputs, outputs, attributes)
+        assert len(found) == outputs
+        for tensor, schema in zip(found, op.outputs[:outputs], strict=True):
+            assert str(tensor.dtype).removeprefix("torch.") in schema.dtypes, (name, schema.name, tensor.dtype)
+        return found
+
+    return evaluate
+
+
+def _torch_op(name: str, inputs: tuple[Tensor | None, ...], outputs: int, attributes: dict[str, float]) -> list[Tensor]:
+    op: Callable[..., Any] = getattr(torch.ops.glm, OPS[name].torch_name)
+    before = [None if x is None else x.clone() for x in inputs]
+    found = op(*inputs, *(attributes[a.name] for a in OPS[name].attributes))
+    for old, new in zip(before, inputs, strict=True):
+        assert old is None or (new is not None and torch.equal(old.view(torch.uint8), new.view(torch.uint8)))
+    return [found] if isinstance(found, Tensor) else list(found)[:outputs]
+
+
+def _onnxruntime(
+    name: str, inputs: tuple[Tensor | None, ...], outputs: int, attributes: dict[str, float]
+) -> list[Tensor]:
+    session = _ort_session(name, _types(inputs), outputs, tuple(attributes.items()))
+    feeds = {}
+    for schema, x in zip(OPS[name].inputs, inputs, strict=True):
+        if x is not None:
+            # numpy has no bfloat16 nor FP8 of its own: ONNX Runtime is given the bytes and the type.
+            values = _to_numpy(x)
+            bits = values.view(f"u{values.itemsize}") if values.dtype.kind not in "fi" else values
+            feeds[schema.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_DTYPES[x.dtype])
+    names = [output.name for output in session.get_outputs()]
+    return [_to_torch(value) for value in session.run_with_ort_values(names, feeds)]
+
+
+def _onnx_reference(
+    name: str, inputs: tuple[Tensor | None, ...], outputs: int, attributes: dict[str, float]
+) -> list[Tensor]:
+    evaluator = _onnx_evaluator(name, _types(inputs), outputs, tuple(attributes.items()))
+    feeds = {s.name: _to_numpy(x) for s, x in zip(OPS[name].inputs, inputs, strict=True) if x is not None}
+    with np.errstate(all="ignore"):  # sigmoid of a large number overflows on its way to 0
+        found = evaluator.run(None, feeds)
+    dtypes = {numpy: dtype for dtype, numpy in NUMPY_DTYPES.items()}
+    return [
+        torch.from_numpy(np.ascontiguousarray(x).view(np.uint8)).view(dtypes[x.dtype]).reshape(x.shape) for x in found
+    ]
+
+
+Types = tuple[tuple[torch.dtype, int] | None, ...]
+"""Dtype and rank of every input, None where an optional one is absent."""
+
+
+def _types(inputs: tuple[Tensor | None, ...]) -> Types:
+    return tuple(None if x is None else (x.dtype, x.ndim) for x in inputs)
+
+
+@functools.cache
+def _ort_session(name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    model = one_node_model(name, types, outputs, attributes)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@functools.cache
+def _onnx_evaluator(name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]) -> Any:
+    return ReferenceEvaluator(one_node_model(name, types, outputs, attributes))
+
+
+def one_node_model(
+    name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]
+) -> onnx.ModelProto:
+    """One node of the op with its portable body; all sizes are free."""
+    op = OPS[name]
+    present = [(schema.name, t) for schema, t in zip(op.inputs, types, strict=True) if t is not None]
+    first = present[0][1][0]
+    node = helper.make_node(
+        name,
+        [schema.name if t is not None else "" for schema, t in zip(op.inputs, types, strict=True)],
+        [schema.name for schema in op.outputs[:outputs]],
+        domain=DOMAIN,
+        **dict(attributes),
+    )
+    graph = helper.make_graph(
+        [node],
+        name,
+        [helper.make_tensor_value_info(n, ONNX_DTYPES[dtype], [None] * rank) for n, (dtype, rank) in present],
+        [_output(schema, present[0][1]) for schema in op.outputs[:outputs]],
+    )
+    functions = portable_functions(compute_dtype=str(first).removeprefix("torch."), attentions=outputs == 4)
+    model = helper.make_model(
+        graph,
+        functions=[f for f in functions if f.name in (name, "FakeQuantizeRows")],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _output(schema: TensorSchema, first: tuple[torch.dtype, int]) -> onnx.ValueInfoProto:
+    # An output of the compute dtypes has that of the first input, the others have one dtype only; `...` is as in it too.
+    dtype = first[0] if len(schema.dtypes) > 1 else getattr(torch, schema.dtypes[0])
+    rank = first[1] if "..." in schema.shape else len(schema.shape.split(","))
+    return helper.make_tensor_value_info(schema.name, ONNX_DTYPES[dtype], [None] * rank)
+
+
+def _to_numpy(x: Tensor) -> np.ndarray[Any, Any]:
+    shape = tuple(x.shape)
+    flat: np.ndarray[Any, Any] = x.contiguous().flatten().view(torch.uint8).numpy()
+    return flat.view(NUMPY_DTYPES[x.dtype]).reshape(shape)
+
+
+def _to_torch(value: Any) -> Tensor:
+    dtype = TORCH_DTYPES[value.element_type()]
+    size = math.prod(value.shape()) * dtype.itemsize
+    if not size:
+        return torch.empty(value.shape(), dtype=dtype)
+    data = bytearray(ctypes.string_at(value.data_ptr(), size))
+    return torch.frombuffer(data, dtype=dtype).reshape(value.shape())
