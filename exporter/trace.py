@@ -22,6 +22,8 @@ from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.model import Glm4MoeForCausalLM
 from glm_export.exporter.naming import name_after_modules
 from glm_export.plugins.bodies import OPSET, portable_functions
+from glm_export.plugins.ops import OPS
+from glm_export.plugins.schema import DOMAIN
 from glm_export.plugins.torch_ops import TRANSLATIONS
 from glm_export.runtime.contract import Binding, Contract
 
@@ -92,6 +94,7 @@ def trace(config: Glm4MoeConfig, precision: str, contract: Contract) -> ir.Model
     assert exported is not None
     model = exported.model
     _clean(model)
+    _spell_out_absent_inputs(model)
     _drop_unused_attentions(model)
     _bind(model, contract)
     name_after_modules(model)
@@ -119,6 +122,13 @@ def _clean(model: ir.Model) -> None:
             passes.CommonSubexpressionEliminationPass(),
             passes.RemoveUnusedNodesPass(),
         )(model)
+
+
+def _spell_out_absent_inputs(model: ir.Model) -> None:
+    """Gives every op node all inputs of its schema: the ONNX reference evaluator does not fill up a function's."""
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            node.resize_inputs(len(OPS[node.op_type].inputs))
 
 
 def _drop_unused_attentions(model: ir.Model) -> None:

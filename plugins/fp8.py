@@ -1,7 +1,7 @@
 """FP8 E4M3 quantization of rows, the one definition that weights and activations share.
 
 A row is a weight's output channel or a token's activations: scale = amax / 448, value = x / scale rounded to nearest
-even, saturated. This is what compressed-tensors calls strategy "channel" for weights and dynamic "token" for activations.
+even, saturated. compressed-tensors calls this strategy "channel" for weights and dynamic "token" for activations.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def cached_attention(
     scores_BJGSC = scores_BJGSC.masked_fill(~visible_BSC[:, None, None], float("-inf"))
     probs_BJGSC = scores_BJGSC.softmax(dim=-1)
     out_BJGSA = probs_BJGSC @ v_cache.float()[:, :, None]
-    out_BSHA = out_BJGSA.permute(0, 3, 1, 2, 4).reshape(B, S, H, A)
+    out_BSHA = out_BJGSA.permute(0, 3, 1, 2, 4).reshape(B, S, H, A).contiguous()
     return out_BSHA.to(q.dtype), k_cache, v_cache, probs_BJGSC.reshape(B, H, S, C)
 
 

@@ -44,7 +44,7 @@ def fp8_moe_experts(
     down: Tensor,
     down_scale: Tensor,
 ) -> Tensor:
-    """As `moe_experts` with E4M3 weights, row scales [E, 2F] and [E, D] float32, and activations rounded to FP8 rows."""
+    """As `moe_experts` with E4M3 weights, row scales [E, 2F] and [E, D] float32, activations rounded to FP8 rows."""
     return _sum_over_experts(
         fake_quantize_rows(hidden),
         expert_ids,

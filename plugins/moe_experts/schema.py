@@ -16,7 +16,7 @@ MOE_EXPERTS = OpSchema(
         Tensor(name="down", shape="E,D,F", dtypes=COMPUTE, meaning="one row per output"),
     ),
     outputs=(_OUT,),
-    doc="out = sum over k of weight_k * down[e] @ round(silu(gate[e] @ x) * (up[e] @ x)); only chosen experts are read.",
+    doc="out = sum over k of weight_k * down[e] @ round(silu(gate[e] @ x) * (up[e] @ x)); only chosen ones are read.",
 )
 
 FP8_MOE_EXPERTS = OpSchema(

@@ -1,4 +1,7 @@
-"""ONNX TopK gives the lower index on ties, which is the rule of this op."""
+"""ONNX TopK gives the lower index on ties, which is the rule of this op.
+
+GatherElements has axis 1 and not -1, with which the ONNX reference evaluator fails.
+"""
 
 MOE_ROUTER = """
 MoERouter <top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor>

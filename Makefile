@@ -1,0 +1,43 @@
+# Two targets matter: `make demo` (the main job, small, on a CPU) and `make test` (everything CI runs).
+
+PYTHON ?= python3.11
+VENV ?= .venv
+DEMO ?= demo
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES = pyproject.toml constraints.txt $(wildcard exporter/* exporter/*/* runtime/* plugins/* plugins/*/* recipes/*)
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.cpu
+	rm -rf $(DEMO) && mkdir -p $(DEMO)
+	$(BIN)/glm-export make-checkpoint --recipe tiny -o $(DEMO)/checkpoint
+	$(BIN)/glm-export build $(DEMO)/checkpoint --recipe tiny --precision fp8 -o $(DEMO)/bundle
+	$(BIN)/glm-export validate $(DEMO)/bundle
+	$(BIN)/glm-export run $(DEMO)/bundle --prompt "Hello" --max-new-tokens 16
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.cpu: $(BIN)/python $(SOURCES)
+	$(PIP) ".[cpu]"
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python $(SOURCES)
+	$(PIP) ".[cpu,dev]"
+	touch $@ $(VENV)/.cpu

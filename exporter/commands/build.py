@@ -1,0 +1,138 @@
+"""`glm-export build`: checkpoint -> bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from glm_export.exporter.commands.options import (
+    COUNT,
+    PATH,
+    CommaSeparated,
+    json_option,
+    print_json,
+    quiet_option,
+    require_engine,
+    size,
+)
+from glm_export.exporter.config import Glm4MoeConfig
+from glm_export.exporter.recipe import PRECISIONS, TARGETS, Recipe, check_model, load_recipe, parse_setting
+from glm_export.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from glm_export.exporter.checkpoint import Checkpoint
+
+_RECIPE_KEYS = {
+    "precision": "precision",
+    "target": "target",
+    "capacity": "runtime.capacity",
+    "max_batch": "runtime.batch",
+    "logits": "export.logits",
+    "outputs": "export.outputs",
+    "inputs_embeds": "export.inputs_embeds",
+}
+"""Option -> the recipe's key that it overrides."""
+
+
+@click.command()
+@click.argument("checkpoint", metavar="[CKPT]", required=False, type=PATH)
+@click.option("-o", "--output", "out", type=PATH, required=True, metavar="OUT", help="The bundle; must not exist.")
+@click.option("--recipe", "recipe_name", metavar="R", help="A built-in recipe or a .toml file; without, its defaults.")
+@click.option("-p", "--precision", type=click.Choice(PRECISIONS), help="Of weights and activations.")
+@click.option("--target", type=click.Choice(TARGETS), help="What the engine is for.")
+@click.option("--capacity", type=COUNT, metavar="C", help="Tokens per row of the KV cache.")
+@click.option("--max-batch", type=COUNT, metavar="B", help="Rows of the KV cache.")
+@click.option("--layers", type=COUNT, metavar="N", help="Keep only the first N layers.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key, as validate.steps=8.")
+@click.option("--logits", type=click.Choice(("last", "all")), help="Of each row's last token, or of all tokens.")
+@click.option("--outputs", type=CommaSeparated(str), metavar="A,B", help="hidden_states,router_logits,attentions")
+@click.option("--inputs-embeds", is_flag=True, default=None, help="Take embeddings instead of token ids.")
+@click.option("--no-weights", is_flag=True, help="Only the graph, from CKPT/config.json or the recipe's [model].")
+@click.option("--ignore-config-key", "ignored", multiple=True, metavar="K", help="Accept this key of config.json.")
+@quiet_option
+@json_option
+def build(
+    checkpoint: Path | None,
+    out: Path,
+    recipe_name: str | None,
+    layers: int | None,
+    settings: tuple[str, ...],
+    no_weights: bool,
+    ignored: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Build a bundle from a checkpoint.
+
+    CKPT is a directory with config.json and safetensors files, OUT the bundle to make. A build that was stopped goes on
+    where it was when the same command runs again.
+    """
+    started = time.monotonic()
+    overrides = dict(map(parse_setting, settings))
+    overrides |= {_RECIPE_KEYS[flag]: value for flag, value in flags.items() if value is not None}
+    name = checkpoint.resolve().name if checkpoint else "model"
+    recipe = load_recipe(recipe_name, overrides) if recipe_name else _default_recipe(name, overrides)
+    require_engine(recipe.target)
+    source = _source(checkpoint, recipe, no_weights=no_weights, ignored=ignored)
+    if layers is not None:
+        source = source.with_layers(layers)
+        # What is built is then another architecture, and the manifest says so.
+        recipe = dataclasses.replace(recipe, model=recipe.model and recipe.model.with_layers(layers))
+
+    from glm_export.exporter.build import build
+    from glm_export.exporter.progress import Reporter
+
+    manifest = build(source, recipe, out, Reporter(quiet=quiet))
+    result = {
+        "path": str(out),
+        "precision": manifest.precision,
+        "bytes": sum(record.size for record in manifest.files.values()),
+        "files": len(manifest.files),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    if as_json:
+        print_json(result)
+    else:
+        total = size(result["bytes"])
+        click.echo(f"{out}: {manifest.precision}, {total} in {result['files']} files, {result['seconds']:.1f} s")
+
+
+def _default_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe of someone who chose none: the defaults, named after the checkpoint."""
+    table: dict[str, Any] = {"name": name}
+    for key, value in overrides.items():
+        *path, last = key.split(".")
+        inner = table
+        for part in path:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"--set gives {part} a value, and {key} needs it to be a table: give only one.")
+        inner[last] = value
+    return Recipe.from_dict(table)
+
+
+def _source(
+    checkpoint: Path | None, recipe: Recipe, *, no_weights: bool, ignored: Collection[str]
+) -> Checkpoint | Glm4MoeConfig:
+    """What the bundle is built from, checked against the recipe at full depth."""
+    if not no_weights:
+        if checkpoint is None:
+            raise UsageError("CKPT is missing: give a checkpoint directory, or --no-weights for only the graph.")
+        from glm_export.exporter.checkpoint import Checkpoint
+
+        opened = Checkpoint.open(checkpoint, ignored)
+        check_model(recipe, opened.config)
+        return opened
+    if checkpoint is not None:
+        config = Glm4MoeConfig.from_file(checkpoint / "config.json", ignored)
+        check_model(recipe, config)
+        return config
+    if recipe.model is None:
+        raise UsageError("--no-weights has no architecture: give CKPT with a config.json, or a recipe with a [model].")
+    return recipe.model

@@ -1,0 +1,71 @@
+"""What several commands share: arguments, options, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from glm_export.exporter.recipe import TARGETS
+from glm_export.runtime.errors import BackendError
+
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+
+DEFAULT_TARGET = "onnxruntime"
+_BUILT = (DEFAULT_TARGET,)
+
+bundle_argument = click.argument("bundle_path", metavar="BUNDLE", type=PATH)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+threads_option = click.option("--threads", type=COUNT, metavar="N", help="CPU threads.")
+target_option = click.option(
+    "--target", type=click.Choice(TARGETS), default=DEFAULT_TARGET, show_default=True, help="The engine to run."
+)
+
+
+class CommaSeparated(click.ParamType[tuple[Any, ...]]):
+    """`a,b,c` as a tuple; an empty text has no items."""
+
+    def __init__(self, kind: type[int] | type[str]) -> None:
+        self.kind = kind
+        self.name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """Splits and converts; see click.ParamType."""
+        if isinstance(value, tuple):
+            return value
+        items = [item.strip() for item in value.split(",")] if value.strip() else []
+        try:
+            return tuple(self.kind(item) for item in items)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of integers such as 1,2,3.", param, ctx)
+
+
+def require_engine(target: str) -> None:
+    """Refuses a target that recipes can name but this version has no engine for.
+
+    Raises:
+        BackendError: that is so.
+    """
+    if target not in _BUILT:
+        raise BackendError(
+            f"Engines for {target} are not built by this version of glm-export: use --target {DEFAULT_TARGET}."
+        )
+
+
+def print_json(value: object) -> None:
+    """Prints one JSON object on one line, which `jq` and a line reader both take."""
+    click.echo(json.dumps(value, allow_nan=False))
+
+
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.3g} {unit}" if unit != "B" else f"{count} B"
+        amount /= 1000
+    return f"{amount:.3g} TB"

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb, eager_attention_forward
+
+if TYPE_CHECKING:
+    from conftest import Evaluate, ExpectClose
+
+U32 = 2.0**-24
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """The inputs of the op."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    write_index: Tensor
+    length: Tensor
+    rotary_dim: int
+    scale: float
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (
+            *(self.q, self.k, self.v, self.cos, self.sin, self.k_cache, self.v_cache),
+            *(self.write_index, self.length),
+        )
+
+    def run(self, evaluate: Evaluate, outputs: int = 4) -> list[Tensor]:
+        return evaluate("CachedAttention", *self.inputs(), outputs=outputs, rotary_dim=self.rotary_dim, scale=self.scale)
+
+    def rows(self, rows: slice) -> Step:
+        return replace(self, **{name: getattr(self, name)[rows] for name in self.__slots__[:9]})
+
+    def tokens(self, tokens: slice) -> Step:
+        cut = {name: getattr(self, name)[:, tokens] for name in ("q", "k", "v", "cos", "sin")}
+        return replace(self, **cut)
+
+
+def make(
+    *,
+    write_index: tuple[int, ...] = (0,),
+    new: tuple[int, ...] = (1,),
+    H: int = 4,
+    J: int = 2,
+    A: int = 8,
+    C: int = 16,
+    rotary: float = 0.5,
+    theta: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+) -> Step:
+    generator = torch.Generator().manual_seed(5)
+    B, S = len(write_index), max(new)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    index = torch.tensor(write_index)
+    rotary_dim = int(A * rotary)
+    inv_freq = theta ** (-torch.arange(0, rotary_dim, 2) / rotary_dim).float()
+    angle = (index[:, None] + torch.arange(S))[..., None].float() * inv_freq
+    return Step(
+        q=random(B, S, H, A),
+        k=random(B, S, J, A),
+        v=random(B, S, J, A),
+        cos=angle.cos(),
+        sin=angle.sin(),
+        # Everything beyond write_index is rubbish that must not be seen.
+        k_cache=random(B, J, C, A),
+        v_cache=random(B, J, C, A),
+        write_index=index,
+        length=index + torch.tensor(new),
+        rotary_dim=rotary_dim,
+        scale=A**-0.5,
+    )
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """RoPE in float64 by transformers, rounded to dtype, and the error float32 may make: 0 where no tie is near."""
+    table = [torch.cat((t, t), dim=-1).double() for t in (cos, sin)]
+    value, _ = apply_rotary_pos_emb(x.double(), x.double(), *table, unsqueeze_dim=2)
+    # Two products and a sum, of terms not larger than the vector they come from.
+    half = table[0].shape[-1] // 2
+    size = torch.zeros_like(value)
+    pair = x.double()[..., :half].abs() + x.double()[..., half : 2 * half].abs()
+    size[..., : 2 * half] = torch.cat((pair, pair), dim=-1)
+    low, middle, high = ((value + sign * 3 * U32 * size).to(dtype).double() for sign in (-1, 0, 1))
+    return middle, torch.maximum(high - middle, middle - low)
+
+
+def check(got: list[Tensor], step: Step, expect_close: ExpectClose) -> None:
+    """Every output against transformers' attention functions in float64, a row and a token at a time."""
+    out, k_cache_out, v_cache_out = got[:3]
+    dtype, (B, S, H, A), C = step.q.dtype, step.q.shape, step.k_cache.shape[2]
+    groups = H // step.k.shape[2]
+    q, q_error = rotated(step.q, step.cos, step.sin, dtype)
+    k, k_error = rotated(step.k, step.cos, step.sin, dtype)
+    for b in range(B):
+        start, new = int(step.write_index[b]), int(step.length[b] - step.write_index[b])
+        keys, values = step.k_cache[b].double(), step.v_cache[b].double()
+        keys_error = torch.zeros_like(keys)
+        keys[:, start : start + S], keys_error[:, start : start + S] = k[b].transpose(0, 1), k_error[b].transpose(0, 1)
+        values[:, start : start + S] = step.v[b].double().transpose(0, 1)
+        expect_close(k_cache_out[b], keys, keys_error, f"row {b}: k_cache_out")
+        expect_close(v_cache_out[b], values, 0.0, f"row {b}: v_cache_out")
+        for s in range(new):  # beyond them the output is unspecified
+            seen = start + s + 1
+            module = SimpleNamespace(num_key_value_groups=groups, training=False)
+            query = q[b, s][None, :, None]
+            want, probs = eager_attention_forward(
+                module,  # type: ignore[arg-type]
+                query,
+                keys[None, :, :seen],
+                values[None, :, :seen],
+                None,
+                step.scale,
+            )
+            size, error = (x.repeat_interleave(groups, 0) for x in (keys.abs(), keys_error))
+            query, query_error = q[b, s][:, None], q_error[b, s][:, None]
+            # Scores: errors of q and k, A products and sums, the scale (as its root on both sides: 4).
+            score_error = query_error @ size[:, :seen].mT + (query.abs() + query_error) @ error[:, :seen].mT
+            score_error = step.scale * (score_error + (A + 4) * U32 * (query.abs() @ size[:, :seen].mT))
+            # exp doubles the worst score's error (its own and that of the maximum); exp 2, sum, quotient; transformers'
+            # softmax is float32 even here: as much again.
+            relative = 2 * score_error.amax(-1, keepdim=True) + 2 * (seen + 4) * U32
+            if len(got) == 4:
+                padded = torch.zeros(H, C, dtype=torch.float64)
+                padded[:, :seen] = probs[0, :, 0].double()
+                expect_close(got[3][b, :, s], padded, padded * relative[:, 0], f"row {b}, token {s}: attentions")
+            size = probs[0].double() @ values[:, :seen].abs().repeat_interleave(groups, 0)
+            inside = ((relative + (seen + 1) * U32) * size)[:, 0]
+            want = want[0, 0].double()
+            info = torch.finfo(dtype)
+            rounding = torch.maximum(want.abs() + inside, torch.tensor(info.smallest_normal)) * info.eps / 2
+            expect_close(out[b, s], want, inside + rounding, f"row {b}, token {s}: out")
+
+
+REGIMES = {
+    "first_token": {},
+    "prefill": {"new": (5,)},
+    "decode": {"write_index": (7,)},
+    "chunk": {"write_index": (7,), "new": (4,)},
+    "ragged_prefill": {"write_index": (0, 0, 0), "new": (5, 1, 3)},
+    "ragged_decode": {"write_index": (0, 9, 4), "new": (1, 1, 1)},
+    "ragged_chunk": {"write_index": (6, 0, 11), "new": (2, 5, 1)},
+    "idle_row": {"write_index": (3, 8), "new": (0, 1)},
+    "full": {"write_index": (12,), "new": (4,)},
+    "full_rotary": {"write_index": (2, 6), "new": (3, 2), "rotary": 1.0},
+    "one_kv_head": {"write_index": (2, 6), "new": (3, 2), "J": 1},
+    "no_groups": {"write_index": (2, 6), "new": (3, 2), "J": 4},
+    "wide_groups": {"write_index": (2, 6), "new": (3, 2), "H": 12, "J": 1, "A": 16},
+    "capacity_is_needed": {"write_index": (0,), "new": (5,), "C": 5},
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("outputs", [3, 4], ids=["", "attentions"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_transformers(
+    evaluate: Evaluate, expect_close: ExpectClose, regime: str, outputs: int, dtype: torch.dtype
+) -> None:
+    step = make(**REGIMES[regime], dtype=dtype)  # type: ignore[arg-type]
+    got = step.run(evaluate, outputs)
+    assert [t.dtype for t in got] == [dtype] * 3 + [torch.float32] * (outputs - 3)
+    check(got, step, expect_close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ends_of_the_largest_context(evaluate: Evaluate, expect_close: ExpectClose, dtype: torch.dtype) -> None:
+    # Position 131071, and a row at the start beside it; the keys before are alike, so that the new tokens matter.
+    step = make(write_index=(131068, 0), new=(4, 2), H=2, J=1, A=4, C=131072, theta=1e6, dtype=dtype)
+    step.k_cache[:, :, :131000] = -8 * torch.sign(step.q[:, :1, :1].mean(2, keepdim=True)).transpose(1, 2)
+    got = step.run(evaluate)
+    assert torch.equal(got[1][:, :, 4:131068], step.k_cache[:, :, 4:131068])
+    check(got, step, expect_close)
+
+
+def test_prefill_is_token_by_token(evaluate: Evaluate, expect_close: ExpectClose) -> None:
+    whole = make(write_index=(0, 6), new=(5, 5))
+    prefill = whole.run(evaluate)
+    caches = (whole.k_cache, whole.v_cache)
+    for s in range(5):
+        step = replace(
+            whole.tokens(slice(s, s + 1)),
+            k_cache=caches[0],
+            v_cache=caches[1],
+            write_index=whole.write_index + s,
+            length=whole.write_index + s + 1,
+        )
+        out, *caches, attentions = step.run(evaluate)
+        # The same sums over at most 16 positions and 8 elements, maybe in another order: 2 * (16 + 8 + 8) roundings of
+        # numbers of which none is above 4.
+        tolerance = 64 * U32 * 4
+        expect_close(out[:, 0], prefill[0][:, s], tolerance, f"token {s}: out")
+        expect_close(attentions[:, :, 0], prefill[3][:, :, s], tolerance, f"token {s}: attentions")
+    for got, want in zip(caches, prefill[1:3], strict=True):
+        expect_close(got, want, 2 * U32 * 4, "caches")
+
+
+def test_rows_do_not_see_each_other(evaluate: Evaluate, expect_close: ExpectClose) -> None:
+    both = make(write_index=(6, 0), new=(2, 5))
+    together = both.run(evaluate)
+    for b in range(2):
+        alone = both.rows(slice(b, b + 1)).run(evaluate)
+        new = int(both.length[b] - both.write_index[b])
+        expect_close(together[0][b, :new], alone[0][0, :new], 64 * U32 * 4, f"row {b}: out")  # as above
+        for i in (1, 2):
+            assert torch.equal(together[i][b], alone[i][0])
+
+
+def test_length_is_only_a_hint(evaluate: Evaluate) -> None:
+    # A padding token is computed, and never seen by a valid one: its keys come later.
+    step = make(write_index=(4,), new=(3,))
+    whole = step.run(evaluate)
+    other = replace(step, k=step.k.clone(), v=step.v.clone(), length=step.length - 1)
+    other.k[:, 2], other.v[:, 2] = 100, -100
+    got = other.run(evaluate)
+    assert torch.equal(got[0][:, :2], whole[0][:, :2])
+    assert all(t.isfinite().all() for t in got)
+
+
+def test_later_cache_is_never_seen(evaluate: Evaluate) -> None:
+    step = make(write_index=(4, 2), new=(3, 3))
+    whole = step.run(evaluate)
+    rubbish = replace(step, k_cache=step.k_cache.clone(), v_cache=step.v_cache.clone())
+    for b, start in enumerate((4, 2)):
+        rubbish.k_cache[b, :, start:], rubbish.v_cache[b, :, start:] = 1e4, -1e4
+    assert torch.equal(rubbish.run(evaluate)[0], whole[0])

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
+
+if TYPE_CHECKING:
+    from conftest import Evaluate, ExpectClose
+
+U32 = 2.0**-24
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """Numbers in float64 and how far a float32 computation of them may be off."""
+
+    value: Tensor
+    error: Tensor
+
+    def product(self, weight: Tensor, extra: int = 0) -> Bounded:
+        """self @ weight^T, summed in any order; `extra` roundings of the factors."""
+        roundings = (self.value.shape[-1] + extra) * U32
+        size = weight.abs().T
+        return Bounded(self.value @ weight.T, self.error @ size + roundings * (self.value.abs() @ size))
+
+    def silu_times(self, up: Bounded) -> Bounded:
+        silu = self.value * self.value.sigmoid()
+        # The slope of SiLU is below 1.1; a sigmoid is good to 4 units in the last place of 1.
+        error = 1.1 * self.error + 4 * U32 * self.value.abs()
+        value = silu * up.value
+        return Bounded(value, error * up.value.abs() + silu.abs() * up.error + error * up.error + 2 * U32 * value.abs())
+
+    def rounded(self, dtype: torch.dtype) -> Bounded:
+        """Rounding is monotone: where the interval holds no tie, nothing is off after it."""
+        low, middle, high = (x.to(dtype).double() for x in (self.value - self.error, self.value, self.value + self.error))
+        return Bounded(middle, torch.maximum(high - middle, middle - low))
+
+    def e4m3_rows(self) -> Bounded:
+        amax, amax_error = self.value.abs().amax(-1, keepdim=True), self.error.amax(-1, keepdim=True)
+        scale = amax.float() / 448
+        scale = torch.where(scale > 0, scale, 1.0).double()
+        relative = amax_error / amax.clamp(min=1e-30) + (2 * U32 if amax_error.any() else 0)
+        scaled = self.value / scale
+        error = self.error / scale + scaled.abs() * relative
+        low, middle, high = (e4m3(x) for x in (scaled - error, scaled, scaled + error))
+        error = torch.maximum(high - middle, middle - low) + middle.abs() * (relative + U32)
+        return Bounded(middle * scale, error * scale)
+
+
+def e4m3(x: Tensor) -> Tensor:
+    values = np.clip(x.numpy().astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return torch.from_numpy(values.astype(np.float64))
+
+
+def exact(hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *, fp8: bool) -> Bounded:
+    """A loop over tokens and choices. gate_up and down in float64, dequantized when FP8."""
+    x = Bounded(hidden.double(), torch.zeros(hidden.shape, dtype=torch.float64))
+    if fp8:
+        x = x.e4m3_rows()
+    want, error = torch.zeros_like(x.value), torch.zeros_like(x.value)
+    for t in range(len(hidden)):
+        token = Bounded(x.value[t : t + 1], x.error[t : t + 1])
+        for e, weight in zip(ids[t].tolist(), weights[t].double(), strict=True):
+            both = token.product(gate_up[e], extra=fp8)
+            half = both.value.shape[-1] // 2
+            gate, up = (Bounded(both.value[:, s], both.error[:, s]) for s in (slice(half), slice(half, None)))
+            h = gate.silu_times(up).rounded(hidden.dtype)
+            y = (h.e4m3_rows() if fp8 else h).product(down[e], extra=fp8)
+            want[t] += weight * y.value[0]
+            error[t] += weight.abs() * (y.error[0] + (ids.shape[1] + 1) * U32 * y.value[0].abs())
+    info = torch.finfo(hidden.dtype)
+    return Bounded(want, error + torch.maximum(want.abs() + error, torch.tensor(info.smallest_normal)) * info.eps / 2)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def choose(tokens: int, experts: int, k: int, *, among: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens + experts)
+    pool = torch.tensor(among or range(experts))
+    ids = torch.stack([pool[torch.randperm(len(pool), generator=generator)[:k]] for _ in range(tokens)])
+    return ids.int(), torch.rand(tokens, k, generator=generator) * 2.5
+
+
+REGIMES = {
+    # tokens, experts, chosen per token, hidden size, width, experts that may be chosen
+    "one_token": (1, 8, 2, 32, 16, ()),
+    "one_expert": (3, 1, 1, 32, 16, ()),
+    "one_choice": (9, 4, 1, 16, 8, ()),
+    "every_expert": (5, 4, 4, 24, 12, ()),
+    "nobody_chose_most": (6, 8, 2, 32, 16, (0, 6)),
+    "many_tokens": (60, 8, 3, 64, 32, ()),
+}
+regimes = pytest.mark.parametrize("regime", REGIMES)
+
+
+@DTYPES
+@regimes
+def test_float64_loop(evaluate: Evaluate, expect_close: ExpectClose, regime: str, dtype: torch.dtype) -> None:
+    T, E, K, D, F, among = REGIMES[regime]
+    hidden = random(T, D, seed=1).to(dtype)
+    ids, weights = choose(T, E, K, among=among)
+    gate_up = (random(E, 2 * F, D, seed=2) / D**0.5).to(dtype)
+    down = (random(E, D, F, seed=3) / F**0.5).to(dtype)
+    (got,) = evaluate("MoEExperts", hidden, ids, weights, gate_up, down)
+    assert got.dtype == dtype
+    want = exact(hidden, ids, weights, gate_up.double(), down.double(), fp8=False)
+    expect_close(got, want.value, want.error)
+
+
+@DTYPES
+@regimes
+def test_fp8_float64_loop(evaluate: Evaluate, expect_close: ExpectClose, regime: str, dtype: torch.dtype) -> None:
+    T, E, K, D, F, among = REGIMES[regime]
+    hidden = random(T, D, seed=1).to(dtype)
+    hidden[-1] *= 30  # a scale of its own per token
+    ids, weights = choose(T, E, K, among=among)
+    gate_up = (random(E, 2 * F, D, seed=2) * 100).to(torch.float8_e4m3fn)
+    down = (random(E, D, F, seed=3) * 100).to(torch.float8_e4m3fn)
+    gate_up_scale = (random(E, 2 * F, seed=4).abs() + 0.1) / 100 / D**0.5
+    down_scale = (random(E, D, seed=5).abs() + 0.1) / 100 / F**0.5
+    (got,) = evaluate("FP8MoEExperts", hidden, ids, weights, gate_up, gate_up_scale, down, down_scale)
+    assert got.dtype == dtype
+    dequantized = (gate_up.double() * gate_up_scale.double()[..., None], down.double() * down_scale.double()[..., None])
+    want = exact(hidden, ids, weights, *dequantized, fp8=True)
+    expect_close(got, want.value, want.error)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_bound_is_tight(fp8: bool) -> None:
+    # What the tests above allow is far less than what they look for: a wrong expert, weight or half moves the
+    # result by its own size, a missed quantization by some 2^-5 of it.
+    ids, weights = choose(60, 8, 3)
+    want = exact(
+        *(random(60, 64, seed=1), ids, weights),
+        *(random(8, 64, 64, seed=2).double() / 8, random(8, 64, 32, seed=3).double() / 6),
+        fp8=fp8,
+    )
+    assert (want.error.square().mean() / want.value.square().mean()).sqrt() < 1e-3
+
+
+@pytest.mark.parametrize(("E", "K"), [(8, 2), (128, 8), (160, 8)])
+def test_transformers(expect_close: ExpectClose, E: int, K: int) -> None:
+    T, D, F = 20, 48, 24
+    config = transformers.Glm4MoeConfig(hidden_size=D, moe_intermediate_size=F, n_routed_experts=E)
+    config._experts_implementation = "eager"
+    experts = Glm4MoeExperts(config)
+    hidden, (ids, weights) = random(T, D, seed=1), choose(T, E, K)
+    gate_up, down = random(E, 2 * F, D, seed=2) / D**0.5, random(E, D, F, seed=3) / F**0.5
+    with torch.no_grad():
+        experts.gate_up_proj.copy_(gate_up)
+        experts.down_proj.copy_(down)
+        theirs = experts(hidden, ids.long(), weights)
+    ours = torch.ops.glm.moe_experts(hidden, ids, weights, gate_up, down)
+    want = exact(hidden, ids, weights, gate_up.double(), down.double(), fp8=False)
+    expect_close(ours, want.value, want.error, "ours")
+    expect_close(theirs, want.value, want.error, "transformers")
+
+
+def test_zero_tokens_give_zero(evaluate: Evaluate) -> None:
+    ids, weights = choose(3, 4, 2)
+    fp8 = torch.float8_e4m3fn
+    gate_up, down = random(4, 16, 8, seed=1).to(fp8), random(4, 8, 8, seed=2).to(fp8)
+    (got,) = evaluate("FP8MoEExperts", torch.zeros(3, 8), ids, weights, gate_up, torch.ones(4, 16), down, torch.ones(4, 8))
+    assert got.eq(0).all()

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from conftest import Evaluate, ExpectClose
+
+U32 = 2.0**-24
+
+
+def exact(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.double() / (1 + (-gate.double()).exp()) * up.double()
+
+
+def rounding(want: Tensor, dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    return torch.maximum(want.abs(), torch.tensor(info.smallest_normal)) * info.eps / 2 * 1.001
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 3, 64), (7, 33)], ids=str)
+def test_float64(
+    evaluate: Evaluate, expect_close: ExpectClose, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(len(shape))
+    gate = (torch.randn(shape, generator=generator) * 8).to(dtype)
+    up = torch.randn(shape, generator=generator).to(dtype)
+    gate.view(-1)[:3] = torch.tensor([0.0, -80.0, 80.0])
+    (got,) = evaluate("SwiGLU", gate, up)
+    want = exact(gate, up)
+    # A sigmoid is good to 4 units in the last place of 1 and not of itself (ONNX Runtime's is a rational function);
+    # two products.
+    inside = (gate.double() * up.double()).abs() * 4 * U32 + want.abs() * 2 * U32
+    expect_close(got, want, inside + rounding(want, dtype))
+
+
+def test_reference_keeps_small_sigmoids(expect_close: ExpectClose) -> None:
+    gate = torch.linspace(-60, 60, 1201)
+    up = torch.full_like(gate, 1.5)
+    want = exact(gate, up)
+    # exp within 2 units, sum, quotient, two products: relative, however small the sigmoid. The argument of exp is exact.
+    expect_close(torch.ops.glm.swiglu(gate, up), want, want.abs() * 8 * U32)
