@@ -14,7 +14,7 @@ from glm_export.runtime.errors import AccuracyError
 Floats = npt.NDArray[np.floating[Any]]
 
 OUTLIER_FACTOR = 10
-"""A position this many row tolerances off is an outlier: a near-tie in a router fell the other way."""
+"""A position this many line tolerances off is an outlier: a near-tie in a router fell the other way."""
 OUTLIER_SHARE = 0.05
 """Share of positions that may be outliers on top of twice the noise's own."""
 
@@ -114,30 +114,33 @@ class Tolerance:
 class Verdict:
     """Whether an engine is as close to its reference as rounding allows.
 
-    Three things are judged: the median relative L2 over all positions; the worst row's median, so that a row which is
-    wrong throughout can not hide; and how many single positions are far off. Medians, because at a near-tie in a router
-    the smallest difference sends a token to another expert: the engine is not to blame, and the logits differ visibly.
+    Judged are the median relative L2 over all positions; the worst row's and the worst step's median, so that neither a
+    row nor a step which is wrong throughout can hide; and how many single positions are far off. Medians, because at a
+    near-tie in a router the smallest difference sends a token to another expert: the engine is not to blame, and the
+    logits differ visibly. (A single row has no median per step: there the outliers decide.)
     """
 
     median: float
     tolerance: Tolerance
     worst_row: float
-    row_tolerance: Tolerance
+    worst_step: float
+    line_tolerance: Tolerance
+    """For single rows and single steps."""
     outliers: int
     outliers_allowed: int
 
     @classmethod
-    def of(cls, comparison: Comparison, noise: Comparison, *, overall: Tolerance, per_row: Tolerance) -> Verdict:
+    def of(cls, comparison: Comparison, noise: Comparison, *, overall: Tolerance, per_line: Tolerance) -> Verdict:
         """Judges a comparison by two bounds, widened where the reference's own noise is larger."""
-        noise_per_row = float(np.median(noise.relative_l2, axis=0).max())
-        row_tolerance = per_row.at_least(noise_per_row)
-        limit = OUTLIER_FACTOR * row_tolerance.bound
+        line_tolerance = per_line.at_least(max(_worst_row(noise), _worst_step(noise)))
+        limit = OUTLIER_FACTOR * line_tolerance.bound
         noise_outliers = int((noise.relative_l2 > limit).sum())
         return cls(
-            median=float(np.median(comparison.relative_l2)),
-            tolerance=overall.at_least(float(np.median(noise.relative_l2))),
-            worst_row=float(np.median(comparison.relative_l2, axis=0).max()),
-            row_tolerance=row_tolerance,
+            median=_median(comparison.relative_l2),
+            tolerance=overall.at_least(_median(noise.relative_l2)),
+            worst_row=_worst_row(comparison),
+            worst_step=_worst_step(comparison),
+            line_tolerance=line_tolerance,
             outliers=int((comparison.relative_l2 > limit).sum()),
             outliers_allowed=2 * noise_outliers + int(OUTLIER_SHARE * comparison.relative_l2.size),
         )
@@ -145,7 +148,7 @@ class Verdict:
     def __bool__(self) -> bool:
         return (
             self.median <= self.tolerance.bound
-            and self.worst_row <= self.row_tolerance.bound
+            and max(self.worst_row, self.worst_step) <= self.line_tolerance.bound
             and self.outliers <= self.outliers_allowed
         )
 
@@ -156,9 +159,22 @@ class Verdict:
     def __str__(self) -> str:
         return (
             f"median {self.median:.2e} of {self.tolerance.bound:.2e} allowed ({self.tolerance.reason}), "
-            f"worst row's median {self.worst_row:.2e} of {self.row_tolerance.bound:.2e} "
-            f"({self.row_tolerance.reason}), outliers {self.outliers} of {self.outliers_allowed}"
+            f"worst row's {self.worst_row:.2e} and worst step's {self.worst_step:.2e} of {self.line_tolerance.bound:.2e} "
+            f"({self.line_tolerance.reason}), outliers {self.outliers} of {self.outliers_allowed}"
         )
+
+
+def _median(x: Floats) -> float:
+    """The lower median: of an even number, no mean of a good value and an outlier."""
+    return float(np.percentile(x, 50, method="lower"))
+
+
+def _worst_row(comparison: Comparison) -> float:
+    return max(_median(row) for row in comparison.relative_l2.T)
+
+
+def _worst_step(comparison: Comparison) -> float:
+    return max(_median(step) for step in comparison.relative_l2) if comparison.relative_l2.shape[1] > 1 else 0.0
 
 
 def _log_softmax(x: Floats) -> Floats:

@@ -48,7 +48,8 @@ _E4M3_NOISE = 2.0**-4 * (1 / 6) ** 0.5
 
 
 def tolerances(precision: str, layers: int) -> tuple[Tolerance, Tolerance]:
-    """Bounds on the relative L2 of logits between an engine and its precision-aware reference: overall, and per row.
+    """Bounds on the relative L2 of logits between an engine and its precision-aware reference: overall, and per row
+    or step.
 
     Both compute the same products and differ in the order of float32 sums, which now and then turns a rounding around.
     At worst all roundings of the residual stream are unrelated: 2 updates per layer, embedding and final norm, each of
@@ -197,7 +198,7 @@ def validate(
     manifest = bundle.manifest
     comparison = Comparison.of(f"engine - {manifest.precision} reference", engine, reference)
     noise = Comparison.of(f"{manifest.precision} reference - its twin", twin, reference)
-    overall, per_row = tolerances(manifest.precision, manifest.contract.num_hidden_layers)
+    overall, per_line = tolerances(manifest.precision, manifest.contract.num_hidden_layers)
     report = Report(
         bundle=manifest.name,
         target=target,
@@ -207,7 +208,7 @@ def validate(
         engine=comparison,
         noise=noise,
         drift=None if fp32 is None else Comparison.of("engine - fp32 reference (drift)", engine, fp32),
-        verdict=Verdict.of(comparison, noise, overall=overall, per_row=per_row),
+        verdict=Verdict.of(comparison, noise, overall=overall, per_line=per_line),
     )
     path = bundle.directory / REPORT
     path.parent.mkdir(exist_ok=True)

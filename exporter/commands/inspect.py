@@ -78,5 +78,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):  # the shards of a checkpoint
+            yield from ((f"{prefix}{key}.{i}", "  ".join(map(str, item.values()))) for i, item in enumerate(value))
         elif value is not None:
             yield f"{prefix}{key}", str(value)

@@ -78,6 +78,8 @@ def run(
     texts = (*texts, *_lines(prompts_file), *_standard_input(stdin))
     if not texts and not ids:
         raise UsageError("There is no prompt: give --prompt, --ids, --prompts-file or -.")
+    if save_logits and not save_logits.parent.is_dir():  # said before the work, not after it
+        raise InputError(f"{save_logits.parent} is no folder: make it, or save the logits elsewhere.")
 
     import numpy as np
 

@@ -2,8 +2,8 @@
 
 Attention then reads the cache only up to the longest row: the Slice keeps the cost of a step near the tokens in use,
 whatever the capacity. `nonpad_kv_seqlen` is write_index + S, because Attention's causal mask is aligned to its end:
-query i of S sees positions up to nonpad_kv_seqlen - S + i = write_index + i. Pad is told its zero, because the ONNX reference
-evaluator takes an omitted input for one of the outputs omitted above it.
+query i of S sees positions up to nonpad_kv_seqlen - S + i = write_index + i. Pad is told its zero, because the ONNX
+reference evaluator takes an omitted input for one of the outputs omitted above it.
 """
 
 _BODY = """

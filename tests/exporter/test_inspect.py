@@ -1,10 +1,11 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from cli_tools import bundle, call
 
-from glm_export.exporter.inspect import KINDS, inspect_bundle, kind_of_weight
+from glm_export.exporter.inspect import KINDS, _parameters, inspect_bundle, kind_of_weight
 from glm_export.exporter.layout import parameters
 from glm_export.exporter.recipe import load_recipe
 from glm_export.exporter.storage import stored_tensors
@@ -49,8 +50,6 @@ def test_sizes_are_those_of_the_layout(precision: str) -> None:
 
 
 def test_active_parameters_of_air() -> None:
-    from glm_export.exporter.inspect import _parameters
-
     model = load_recipe("glm-4.5-air-fp8").model
     assert model is not None
     counts = _parameters(model)
@@ -85,8 +84,6 @@ def test_text() -> None:
 
 
 def test_a_damaged_graph_is_not_read(tmp_path: Path) -> None:
-    import shutil
-
     path = Path(shutil.copytree(bundle("fp8"), tmp_path / "bundle"))
     (path / "model.onnx").write_bytes(b"\0" * (path / "model.onnx").stat().st_size)
     assert call("inspect", path).code == 8

@@ -67,7 +67,7 @@ def expect_close() -> ExpectClose:
             return
         where = np.unravel_index(int(excess.argmax()), tuple(want.shape))
         pytest.fail(
-            f"{what}: {int((excess > 0).sum())} of {want.numel()} elements are off, worst at {[int(i) for i in where]}: "
+            f"{what}: {int((excess > 0).sum())} of {want.numel()} elements are off, worst at {[*map(int, where)]}: "
             f"got {got[where]:.9g}, want {want[where]:.9g}, error {error[where]:.3g}, tolerance {allowed[where]:.3g}"
         )
 
@@ -150,9 +150,7 @@ def _onnx_evaluator(name: str, types: Types, outputs: int, attributes: tuple[tup
     return ReferenceEvaluator(one_node_model(name, types, outputs, attributes))
 
 
-def one_node_model(
-    name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]
-) -> onnx.ModelProto:
+def one_node_model(name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]) -> onnx.ModelProto:
     """One node of the op with its portable body; all sizes are free."""
     op = OPS[name]
     present = [(schema.name, t) for schema, t in zip(op.inputs, types, strict=True) if t is not None]
@@ -182,7 +180,7 @@ def one_node_model(
 
 
 def _output(schema: TensorSchema, first: tuple[torch.dtype, int]) -> onnx.ValueInfoProto:
-    # An output of the compute dtypes has that of the first input, the others have one dtype only; `...` is as in it too.
+    # An output of the compute dtypes has that of the first input, the others have one dtype only; so it is with `...`.
     dtype = first[0] if len(schema.dtypes) > 1 else getattr(torch, schema.dtypes[0])
     rank = first[1] if "..." in schema.shape else len(schema.shape.split(","))
     return helper.make_tensor_value_info(schema.name, ONNX_DTYPES[dtype], [None] * rank)

@@ -39,7 +39,9 @@ class Step:
         )
 
     def run(self, evaluate: Evaluate, outputs: int = 4) -> list[Tensor]:
-        return evaluate("CachedAttention", *self.inputs(), outputs=outputs, rotary_dim=self.rotary_dim, scale=self.scale)
+        return evaluate(
+            "CachedAttention", *self.inputs(), outputs=outputs, rotary_dim=self.rotary_dim, scale=self.scale
+        )
 
     def rows(self, rows: slice) -> Step:
         return replace(self, **{name: getattr(self, name)[rows] for name in self.__slots__[:9]})

@@ -116,8 +116,8 @@ def test_bodies_use_standard_ops_and_each_other(compute_dtype: str) -> None:
 
 @pytest.mark.parametrize("name", [*OPS, "FakeQuantizeRows"])
 def test_name_is_free(name: str) -> None:
-    # ONNX may take a name later than the opset we pin, as it took SwiGLU in 28: a node's domain keeps them apart, except
-    # in TensorRT, which knows no opset above 24.
+    # ONNX may take a name later than the opset we pin, as it took SwiGLU in 28: a node's domain keeps them apart,
+    # except in TensorRT, which knows no opset above 24.
     assert name not in {schema.name for schema in defs.get_all_schemas_with_history() if schema.since_version <= OPSET}
     assert name not in TENSORRT_NAMES
     assert not name.startswith("TRT_")

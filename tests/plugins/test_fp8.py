@@ -133,7 +133,7 @@ def test_dequantized_is_near() -> None:
     # Half a step of three mantissa bits, or half the smallest denormal 2^-9 of the row's scale.
     bound = torch.maximum(x.abs() * 2.0**-4, quantize_rows(x)[1][:, None] * 2.0**-10) * (1 + 2.0**-20)
     assert (fake_quantize_rows(x) - x).abs().le(bound).all()
-    assert E4M3_MAX == torch.finfo(torch.float8_e4m3fn).max
+    assert torch.finfo(torch.float8_e4m3fn).max == E4M3_MAX
 
 
 def test_weights_as_compressed_tensors_channel() -> None:
@@ -147,7 +147,9 @@ def test_weights_as_compressed_tensors_channel() -> None:
     values, our_scale = quantize_rows(weight)
     assert torch.equal(our_scale, scale.flatten())
     assert torch.equal(values.view(torch.uint8), theirs.view(torch.uint8))
-    assert torch.equal(dequantize_rows(values, our_scale), dequantize(theirs, scale, zero_point, arguments, dtype=torch.float32))
+    assert torch.equal(
+        dequantize_rows(values, our_scale), dequantize(theirs, scale, zero_point, arguments, dtype=torch.float32)
+    )
 
 
 def test_activations_as_compressed_tensors_token() -> None:

@@ -64,9 +64,7 @@ def test_linear(
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_weight_float32_result(
-    evaluate: Evaluate, expect_close: ExpectClose, weight_dtype: torch.dtype
-) -> None:
+def test_narrow_weight_float32_result(evaluate: Evaluate, expect_close: ExpectClose, weight_dtype: torch.dtype) -> None:
     # The head: bf16 weights, float32 logits.
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(2)).to(weight_dtype)

@@ -40,7 +40,9 @@ class Bounded:
 
     def rounded(self, dtype: torch.dtype) -> Bounded:
         """Rounding is monotone: where the interval holds no tie, nothing is off after it."""
-        low, middle, high = (x.to(dtype).double() for x in (self.value - self.error, self.value, self.value + self.error))
+        low, middle, high = (
+            x.to(dtype).double() for x in (self.value - self.error, self.value, self.value + self.error)
+        )
         return Bounded(middle, torch.maximum(high - middle, middle - low))
 
     def e4m3_rows(self) -> Bounded:
@@ -138,14 +140,14 @@ def test_fp8_float64_loop(evaluate: Evaluate, expect_close: ExpectClose, regime:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_bound_is_tight(fp8: bool) -> None:
     # What the tests above allow is far less than what they look for: a wrong expert, weight or half moves the
-    # result by its own size, a missed quantization by some 2^-5 of it.
+    # result by its own size, a missed quantization by 2^-5 of it.
     ids, weights = choose(60, 8, 3)
     want = exact(
         *(random(60, 64, seed=1), ids, weights),
         *(random(8, 64, 64, seed=2).double() / 8, random(8, 64, 32, seed=3).double() / 6),
         fp8=fp8,
     )
-    assert (want.error.square().mean() / want.value.square().mean()).sqrt() < 1e-3
+    assert (want.error.square().mean() / want.value.square().mean()).sqrt() < (0.01 if fp8 else 1e-3)
 
 
 @pytest.mark.parametrize(("E", "K"), [(8, 2), (128, 8), (160, 8)])
@@ -170,5 +172,7 @@ def test_zero_tokens_give_zero(evaluate: Evaluate) -> None:
     ids, weights = choose(3, 4, 2)
     fp8 = torch.float8_e4m3fn
     gate_up, down = random(4, 16, 8, seed=1).to(fp8), random(4, 8, 8, seed=2).to(fp8)
-    (got,) = evaluate("FP8MoEExperts", torch.zeros(3, 8), ids, weights, gate_up, torch.ones(4, 16), down, torch.ones(4, 8))
+    (got,) = evaluate(
+        "FP8MoEExperts", torch.zeros(3, 8), ids, weights, gate_up, torch.ones(4, 16), down, torch.ones(4, 8)
+    )
     assert got.eq(0).all()

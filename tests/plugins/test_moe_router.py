@@ -81,12 +81,19 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 BIASES = {"zero": (0.0, 0.0), "mixed": (0.1, 0.0), "negative": (0.1, -2.0), "large": (5.0, 0.0)}  # deviation, mean
+
+
+def biased(E: int, bias: str) -> Tensor:
+    deviation, mean = BIASES[bias]
+    return random(E, seed=8) * deviation + mean
+
+
 GRID = [
     (E, Attributes(top_k=K, n_group=G, topk_group=kept, norm_topk_prob=norm, routed_scaling_factor=scaling))
     for E, K, (G, kept), (norm, scaling) in itertools.product(
         (8, 128, 160), (2, 8), ((1, 1), (4, 1), (4, 2), (4, 3)), ((1, 1.0), (1, 2.5), (0, 1.0), (0, 2.5))
     )
-    if K <= E // G * kept
+    if E // G * kept >= K
 ]
 
 
@@ -97,8 +104,7 @@ def case_name(value: object) -> str:
 @pytest.mark.parametrize(("E", "a"), GRID, ids=case_name)
 @pytest.mark.parametrize("bias", BIASES)
 def test_transformers(E: int, a: Attributes, bias: str) -> None:
-    deviation, mean = BIASES[bias]
-    logits, correction = random(64, E, seed=E) * 2, random(E, seed=a.top_k) * deviation + mean
+    logits, correction = random(64, E, seed=E) * 2, biased(E, bias)
     ids, weights = torch.ops.glm.moe_router(logits, correction, *asdict(a).values())
     check([ids, weights], logits, correction, a)
 
@@ -119,7 +125,7 @@ def test_transformers(E: int, a: Attributes, bias: str) -> None:
     )
 
 
-# The ONNX reference evaluator's GatherElements takes at most 64 experts.
+# The ONNX reference evaluator's GatherElements takes at most 63 experts.
 many_experts = pytest.mark.parametrize("evaluate", ["reference", "onnxruntime"], indirect=True)
 biases = pytest.mark.parametrize("bias", BIASES)
 one_or_more = pytest.mark.parametrize("tokens", [1, 50], ids=["one_token", "tokens"])
@@ -137,9 +143,8 @@ one_or_more = pytest.mark.parametrize("tokens", [1, 50], ids=["one_token", "toke
 )
 @biases
 @one_or_more
-def test_brute_force(evaluate: Evaluate, a: Attributes, bias: str, tokens: int, E: int = 8) -> None:
-    deviation, mean = BIASES[bias]
-    logits, correction = random(tokens, E, seed=7) * 2, random(E, seed=8) * deviation + mean
+def test_brute_force(evaluate: Evaluate, a: Attributes, bias: str, tokens: int) -> None:
+    logits, correction = random(tokens, 8, seed=7) * 2, biased(8, bias)
     check(evaluate("MoERouter", logits, correction, **asdict(a)), logits, correction, a)
 
 
@@ -155,7 +160,8 @@ def test_brute_force(evaluate: Evaluate, a: Attributes, bias: str, tokens: int, 
 @biases
 @one_or_more
 def test_brute_force_many_experts(evaluate: Evaluate, E: int, a: Attributes, bias: str, tokens: int) -> None:
-    test_brute_force(evaluate, a, bias, tokens, E)
+    logits, correction = random(tokens, E, seed=7) * 2, biased(E, bias)
+    check(evaluate("MoERouter", logits, correction, **asdict(a)), logits, correction, a)
 
 
 @many_experts
@@ -177,7 +183,7 @@ def test_ties_go_to_the_lowest_id(evaluate: Evaluate, a: Attributes) -> None:
     check(evaluate("MoERouter", logits, torch.zeros(8), **asdict(a)), logits, torch.zeros(8), a, exact_ties=True)
 
 
-@pytest.mark.parametrize("E", [8, 64])
+@pytest.mark.parametrize("E", [8, 60])
 @pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (4, 2)])
 def test_all_equal(evaluate: Evaluate, E: int, n_group: int, topk_group: int) -> None:
     a = Attributes(top_k=4, n_group=n_group, topk_group=topk_group)
@@ -190,7 +196,9 @@ def test_all_equal(evaluate: Evaluate, E: int, n_group: int, topk_group: int) ->
 def test_masked_groups_stay_out(evaluate: Evaluate) -> None:
     # Every selection score is negative, so a mask of 0 instead of minus infinity would let the lost group win.
     a = Attributes(top_k=2, n_group=2, topk_group=1, norm_topk_prob=0)
-    logits = torch.tensor([[3.0, -4.0, -4.0, -4.0, 1.0, 1.5, -4.0, -4.0], [2.0, 2.5, -4.0, -4.0, 3.0, -4.0, -4.0, -4.0]])
+    logits = torch.tensor(
+        [[3.0, -4.0, -4.0, -4.0, 1.0, 1.5, -4.0, -4.0], [2.0, 2.5, -4.0, -4.0, 3.0, -4.0, -4.0, -4.0]]
+    )
     bias = torch.full((8,), -3.0)
     ids, _ = found = evaluate("MoERouter", logits, bias, **asdict(a))
     assert ids.tolist() == [[5, 4], [1, 0]]  # the best single expert is in the group whose best two lose

@@ -23,9 +23,7 @@ def rounding(want: Tensor, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 3, 64), (7, 33)], ids=str)
-def test_float64(
-    evaluate: Evaluate, expect_close: ExpectClose, dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
+def test_float64(evaluate: Evaluate, expect_close: ExpectClose, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(len(shape))
     gate = (torch.randn(shape, generator=generator) * 8).to(dtype)
     up = torch.randn(shape, generator=generator).to(dtype)
@@ -42,5 +40,5 @@ def test_reference_keeps_small_sigmoids(expect_close: ExpectClose) -> None:
     gate = torch.linspace(-60, 60, 1201)
     up = torch.full_like(gate, 1.5)
     want = exact(gate, up)
-    # exp within 2 units, sum, quotient, two products: relative, however small the sigmoid. The argument of exp is exact.
+    # exp within 2 units, sum, quotient, two products: relative, however small the sigmoid.
     expect_close(torch.ops.glm.swiglu(gate, up), want, want.abs() * 8 * U32)
