@@ -89,9 +89,10 @@ def _build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, staging: Path, re
     if checkpoint:
         _check_space(staging, [file for file in files.values() if file.path not in journal.files])
 
+    records = _copy_small_files(checkpoint, config, staging)
+    stop_ids = _stop_ids(staging, config)  # may refuse, so before the long part
     with reporter.stage(f"tracing {config.num_hidden_layers} layers"):
         model = trace(config, recipe.precision, bindings)
-    records: dict[str, FileRecord] = {}
     if checkpoint:
         total = sum(file.size for file in files.values())
         with reporter.stage(f"writing {recipe.precision} weights", total) as advance:
@@ -105,7 +106,6 @@ def _build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, staging: Path, re
             locations |= {name: locations[shared] for name, shared in TIED.items()}
         _point_to_weights(model, locations)
         records[MODEL_NAME] = _write_model(model, staging)
-    records |= _copy_small_files(checkpoint, config, staging)
 
     manifest = Manifest(
         name=recipe.name,
@@ -115,7 +115,7 @@ def _build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, staging: Path, re
         source=identity,
         versions={name: importlib.metadata.version(name) for name in _LIBRARIES if _installed(name)},
         weights=checkpoint is not None,
-        eos_token_ids=_stop_ids(staging, config),
+        eos_token_ids=stop_ids,
         max_position_embeddings=config.max_position_embeddings,
         capacity=min(recipe.runtime.capacity, config.max_position_embeddings),
         batch=recipe.runtime.batch,

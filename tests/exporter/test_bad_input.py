@@ -207,7 +207,7 @@ BUILD_ARGUMENTS: Mapping[str, tuple[int, tuple[object, ...], str]] = {
     "no layers": (2, ("--layers", 0), "0 is not in the range x>=1"),
     "more layers than there are": (2, ("--layers", 5), "can not keep 5 of 4 layers"),
     "output that does not exist": (2, ("--outputs", "logits"), "export.outputs"),
-    "option that does not exist": (2, ("--precison", "fp8"), "Did you mean '--precision'?"),
+    "option that does not exist": (2, ("--precison", "fp8"), "'--precision'"),
     "recipe of another model": (3, ("--recipe", "glm-4.5-air-fp8"), "is not the model of recipe glm-4.5-air-fp8"),
 }
 
