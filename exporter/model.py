@@ -26,11 +26,6 @@ def _parameter(precision: str, kind: str, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=storage_dtype(precision, kind)), requires_grad=False)
 
 
-def add(a: Tensor, b: Tensor) -> Tensor:
-    """Adds and rounds once. Written in float32, because ONNX Runtime adds no bfloat16 on a CPU."""
-    return (a.float() + b.float()).to(a.dtype)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, precision: str, size: int, epsilon: float) -> None:
         super().__init__()
@@ -195,7 +190,7 @@ class MoE(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         expert_ids_TK, expert_weights_TK, router_logits_TE = self.gate(x_TD)
         routed_TD = self.experts(x_TD, expert_ids_TK, expert_weights_TK)
-        return add(routed_TD.view_as(x_BSD), self.shared_experts(x_BSD)), router_logits_TE
+        return ops.residual_add(routed_TD.view_as(x_BSD), self.shared_experts(x_BSD)), router_logits_TE
 
 
 class DecoderLayer(nn.Module):
@@ -219,13 +214,13 @@ class DecoderLayer(nn.Module):
         length_B: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor | None]:
         attended, cache, attentions = self.self_attn(self.input_layernorm(x_BSD), rope, cache, write_index_B, length_B)
-        x_BSD = add(x_BSD, attended)
+        x_BSD = ops.residual_add(x_BSD, attended)
         mixed, router_logits = self.post_attention_layernorm(x_BSD), None
         if isinstance(self.mlp, MoE):
             mixed, router_logits = self.mlp(mixed)
         else:
             mixed = self.mlp(mixed)
-        return add(x_BSD, mixed), cache, attentions, router_logits
+        return ops.residual_add(x_BSD, mixed), cache, attentions, router_logits
 
 
 class Embedding(nn.Module):

@@ -11,6 +11,7 @@ from glm_export.plugins.linear.portable import FP8_LINEAR, LINEAR
 from glm_export.plugins.moe_experts.portable import FP8_MOE_EXPERTS, moe_experts
 from glm_export.plugins.moe_router.portable import MOE_ROUTER
 from glm_export.plugins.ops import OPS
+from glm_export.plugins.residual_add.portable import RESIDUAL_ADD
 from glm_export.plugins.rms_norm.portable import RMS_NORM
 from glm_export.plugins.schema import DOMAIN, VERSION
 from glm_export.plugins.swiglu.portable import SWIGLU
@@ -33,6 +34,7 @@ def portable_functions(*, compute_dtype: str, attentions: bool) -> tuple[onnx.Fu
         FP8_LINEAR,
         cached_attention(attentions=attentions),
         SWIGLU,
+        RESIDUAL_ADD,
         MOE_ROUTER,
         moe_experts(_TEXT_DTYPES[compute_dtype]),
         FP8_MOE_EXPERTS,

@@ -6,11 +6,22 @@ from glm_export.plugins.cached_attention.schema import CACHED_ATTENTION
 from glm_export.plugins.linear.schema import FP8_LINEAR, LINEAR
 from glm_export.plugins.moe_experts.schema import FP8_MOE_EXPERTS, MOE_EXPERTS
 from glm_export.plugins.moe_router.schema import MOE_ROUTER
+from glm_export.plugins.residual_add.schema import RESIDUAL_ADD
 from glm_export.plugins.rms_norm.schema import RMS_NORM
 from glm_export.plugins.schema import OpSchema
 from glm_export.plugins.swiglu.schema import SWIGLU
 
 OPS: dict[str, OpSchema] = {
     op.name: op
-    for op in (RMS_NORM, LINEAR, FP8_LINEAR, CACHED_ATTENTION, SWIGLU, MOE_ROUTER, MOE_EXPERTS, FP8_MOE_EXPERTS)
+    for op in (
+        RMS_NORM,
+        LINEAR,
+        FP8_LINEAR,
+        CACHED_ATTENTION,
+        SWIGLU,
+        RESIDUAL_ADD,
+        MOE_ROUTER,
+        MOE_EXPERTS,
+        FP8_MOE_EXPERTS,
+    )
 }

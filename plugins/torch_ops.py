@@ -4,6 +4,7 @@ from glm_export.plugins.cached_attention.torch_op import cached_attention
 from glm_export.plugins.linear.torch_op import fp8_linear, linear
 from glm_export.plugins.moe_experts.torch_op import fp8_moe_experts, moe_experts
 from glm_export.plugins.moe_router.torch_op import moe_router
+from glm_export.plugins.residual_add.torch_op import residual_add
 from glm_export.plugins.rms_norm.torch_op import rms_norm
 from glm_export.plugins.swiglu.torch_op import swiglu
 from glm_export.plugins.torch_library import TRANSLATIONS
@@ -16,6 +17,7 @@ __all__ = [
     "linear",
     "moe_experts",
     "moe_router",
+    "residual_add",
     "rms_norm",
     "swiglu",
 ]

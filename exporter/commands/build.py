@@ -89,7 +89,7 @@ def build(
     from glm_export.exporter.progress import Reporter
 
     manifest = build(source, recipe, out, Reporter(quiet=quiet))
-    result = {
+    result: dict[str, Any] = {
         "path": str(out),
         "precision": manifest.precision,
         "bytes": sum(record.size for record in manifest.files.values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -164,7 +165,7 @@ def _lines(path: Path | None) -> list[str]:
 def _standard_input(stdin: str | None) -> list[str]:
     if stdin is None:
         return []
-    return [_decoded(click.get_binary_stream("stdin").read(), "standard input").removesuffix("\n")]
+    return [_decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n")]
 
 
 def _decoded(data: bytes, source: str) -> str:
