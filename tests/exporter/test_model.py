@@ -29,7 +29,6 @@ from glm_export.exporter.model import (
     ModelOutput,
     RotaryEmbedding,
     Router,
-    add,
 )
 from glm_export.exporter.precision import storage_dtype
 from glm_export.exporter.weights import reference_of_checkpoint
@@ -413,9 +412,9 @@ def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path: Path) -
         ours.append((found.logits - want).square().mean(-1).sqrt().flatten())
         theirs.append((load(directory, torch.bfloat16)(ids).logits.float() - want).square().mean(-1).sqrt().flatten())
     # The error of 384 tokens. The median, because either run may now and then choose another expert than float32 did.
-    # Both round at the same places, transformers at some more (inside norms, SwiGLU, RoPE, softmax, the experts' sum, and
-    # the logits), so ours should be below 1; a median of 384 numbers that spread by a factor of two is known to 4 percent.
-    ratio = float(torch.cat(ours).median() / torch.cat(theirs).median())
+    # Both round at the same places, transformers at some more (inside norms, SwiGLU, RoPE, softmax, the experts' sum,
+    # and the logits): ours should be below 1. A median of 384 numbers that spread by a factor of two is known to 4%.
+    our_median, their_median = (float(torch.cat(errors).median()) for errors in (ours, theirs))
     print("BF16", ratio, torch.cat(ours).median(), torch.cat(theirs).median())
     assert ratio <= 1.04, (
         f"median error {torch.cat(ours).median():.3g}, of transformers {torch.cat(theirs).median():.3g}"
@@ -535,9 +534,3 @@ def test_float32_reference_of_a_bfloat16_checkpoint(tmp_path: Path) -> None:
     got = reference_of_checkpoint(Checkpoint.open(tmp_path))(token_ids())
     expect_close(got.logits, load(tmp_path, torch.float32)(token_ids()).logits, LOGITS, "logits")
     assert got.hidden_states[0].dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_residual_sum_is_rounded_once(dtype: torch.dtype) -> None:
-    a, b = (torch.randn(1000, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
-    assert torch.equal(add(a, b), (a.double() + b.double()).to(dtype))

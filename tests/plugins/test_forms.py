@@ -35,7 +35,8 @@ def bodies(compute_dtype: str = "float32", *, attentions: bool = True) -> dict[s
 
 def test_the_table_has_the_ops_of_the_design() -> None:
     assert list(OPS) == [
-        *("RMSNorm", "Linear", "FP8Linear", "CachedAttention", "SwiGLU", "MoERouter", "MoEExperts", "FP8MoEExperts")
+        *("RMSNorm", "Linear", "FP8Linear", "CachedAttention", "SwiGLU", "ResidualAdd"),
+        *("MoERouter", "MoEExperts", "FP8MoEExperts"),
     ]
     assert all(op.name == name for name, op in OPS.items())
 
@@ -144,6 +145,7 @@ def _arguments(name: str, dtype: torch.dtype) -> tuple[Tensor | float | None, ..
             *(*positions, 4, 0.35),
         ),
         "SwiGLU": (x(2, 3, 8), x(2, 3, 8)),
+        "ResidualAdd": (x(2, 3, 8), x(2, 3, 8)),
         "MoERouter": (f32(3, 8), f32(8), 2, 2, 1, 1, 2.5),
         "MoEExperts": (x(3, 8), ids, f32(3, 2), x(4, 12, 8), x(4, 8, 6)),
         "FP8MoEExperts": (x(3, 8), ids, f32(3, 2), fp8(4, 12, 8), f32(4, 12), fp8(4, 8, 6), f32(4, 8)),
@@ -177,7 +179,13 @@ def test_torch_op_has_the_dtypes_of_the_schema(name: str, dtype: torch.dtype) ->
 def _folder(name: str) -> str:
     return {
         **{"RMSNorm": "rms_norm", "Linear": "linear", "FP8Linear": "linear", "CachedAttention": "cached_attention"},
-        **{"SwiGLU": "swiglu", "MoERouter": "moe_router", "MoEExperts": "moe_experts", "FP8MoEExperts": "moe_experts"},
+        **{
+            "SwiGLU": "swiglu",
+            "ResidualAdd": "residual_add",
+            "MoERouter": "moe_router",
+            "MoEExperts": "moe_experts",
+            "FP8MoEExperts": "moe_experts",
+        },
     }[name]
 
 
