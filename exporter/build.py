@@ -55,24 +55,26 @@ def build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, out: Path, reporte
     """
     if out.exists():
         raise UsageError(f"{out} already exists; remove it or choose another place for the bundle.")
+    check_model(recipe, source.config if isinstance(source, Checkpoint) else source)
     staging = out.with_name(out.name + ".building")
     staging.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out.with_name(out.name + ".lock"))
     try:
         with lock.acquire(timeout=0):
-            manifest = _build(source, recipe, staging, reporter)
-            staging.rename(out)
-            sync_directory(out.parent)
+            try:
+                manifest = _build(source, recipe, staging, reporter)
+                staging.rename(out)
+                sync_directory(out.parent)
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)  # still locked: whoever comes now makes a new one
     except filelock.Timeout:
         raise LockedError(f"Another process is building {out}; wait for it or choose another place.") from None
-    Path(lock.lock_file).unlink(missing_ok=True)
     return manifest
 
 
 def _build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, staging: Path, reporter: Reporter) -> Manifest:
     checkpoint = source if isinstance(source, Checkpoint) else None
     config = source.config if isinstance(source, Checkpoint) else source
-    check_model(recipe, config)
     files = {
         group: WeightFile.plan(group, (t for p in members for t in stored_tensors(p, recipe.precision)))
         for group, members in groups(config).items()

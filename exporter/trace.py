@@ -121,6 +121,7 @@ def _clean(model: ir.Model) -> None:
             passes.DeduplicateInitializersPass(),
             passes.CommonSubexpressionEliminationPass(),
             passes.RemoveUnusedNodesPass(),
+            passes.OutputFixPass(),  # hidden_states.0 would be inputs_embeds itself
         )(model)
 
 

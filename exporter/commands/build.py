@@ -21,7 +21,7 @@ from glm_export.exporter.commands.options import (
     size,
 )
 from glm_export.exporter.config import Glm4MoeConfig
-from glm_export.exporter.recipe import PRECISIONS, TARGETS, Recipe, check_model, load_recipe, parse_setting
+from glm_export.exporter.recipe import PRECISIONS, TARGETS, Recipe, load_recipe, parse_setting
 from glm_export.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -120,19 +120,15 @@ def _default_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
 def _source(
     checkpoint: Path | None, recipe: Recipe, *, no_weights: bool, ignored: Collection[str]
 ) -> Checkpoint | Glm4MoeConfig:
-    """What the bundle is built from, checked against the recipe at full depth."""
+    """What the bundle is built from."""
     if not no_weights:
         if checkpoint is None:
             raise UsageError("CKPT is missing: give a checkpoint directory, or --no-weights for only the graph.")
         from glm_export.exporter.checkpoint import Checkpoint
 
-        opened = Checkpoint.open(checkpoint, ignored)
-        check_model(recipe, opened.config)
-        return opened
+        return Checkpoint.open(checkpoint, ignored)
     if checkpoint is not None:
-        config = Glm4MoeConfig.from_file(checkpoint / "config.json", ignored)
-        check_model(recipe, config)
-        return config
+        return Glm4MoeConfig.from_file(checkpoint / "config.json", ignored)
     if recipe.model is None:
         raise UsageError("--no-weights has no architecture: give CKPT with a config.json, or a recipe with a [model].")
     return recipe.model
