@@ -26,8 +26,8 @@ def main() -> None:
             seconds = time.monotonic() - start
             graph = os.path.getsize(f"{folder}/graph/model.onnx") / 1e6
         print(
-            f"{recipe}: {seconds:.1f} s, {usage.ru_utime + usage.ru_stime:.1f} CPU s, peak {usage.ru_maxrss / 1e6:.2f} GB, "
-            f"model.onnx {graph:.1f} MB, exit {os.waitstatus_to_exitcode(status)}"
+            f"{recipe}: {seconds:.1f} s, {usage.ru_utime + usage.ru_stime:.1f} CPU s, "
+            f"peak {usage.ru_maxrss / 1e6:.2f} GB, model.onnx {graph:.1f} MB, exit {os.waitstatus_to_exitcode(status)}"
         )
 
 

@@ -159,8 +159,8 @@ class Verdict:
     def __str__(self) -> str:
         return (
             f"median {self.median:.2e} of {self.tolerance.bound:.2e} allowed ({self.tolerance.reason}), "
-            f"worst row's {self.worst_row:.2e} and worst step's {self.worst_step:.2e} of {self.line_tolerance.bound:.2e} "
-            f"({self.line_tolerance.reason}), outliers {self.outliers} of {self.outliers_allowed}"
+            f"worst row's {self.worst_row:.2e} and worst step's {self.worst_step:.2e} of "
+            f"{self.line_tolerance.bound:.2e} ({self.line_tolerance.reason}), outliers {self.outliers} of {self.outliers_allowed}"
         )
 
 

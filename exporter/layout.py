@@ -118,7 +118,7 @@ def _layer(config: Glm4MoeConfig, i: int) -> Iterator[Parameter]:
     def make(name: str, kind: Kind, *shape: int) -> Parameter:
         return Parameter(name=f"{LAYER_PREFIX}{i}.{name}", shape=shape, kind=kind)
 
-    def swiglu(prefix: str, width: int) -> Iterator[Parameter]:
+    def mlp(prefix: str, width: int) -> Iterator[Parameter]:
         yield make(f"{prefix}.gate_proj.weight", "linear", width, D)
         yield make(f"{prefix}.up_proj.weight", "linear", width, D)
         yield make(f"{prefix}.down_proj.weight", "linear", D, width)
@@ -136,11 +136,11 @@ def _layer(config: Glm4MoeConfig, i: int) -> Iterator[Parameter]:
         yield make("self_attn.k_norm.weight", "norm", A)
     yield make("post_attention_layernorm.weight", "norm", D)
     if not config.is_moe_layer(i):
-        yield from swiglu("mlp", config.intermediate_size)
+        yield from mlp("mlp", config.intermediate_size)
         return
     E, F = config.n_routed_experts, config.moe_intermediate_size
     yield make("mlp.gate.weight", "router", E, D)
     yield make("mlp.gate.e_score_correction_bias", "router_bias", E)
     yield make("mlp.experts.gate_up_proj", "experts", E, 2 * F, D)
     yield make("mlp.experts.down_proj", "experts", E, D, F)
-    yield from swiglu("mlp.shared_experts", F * config.n_shared_experts)
+    yield from mlp("mlp.shared_experts", F * config.n_shared_experts)

@@ -122,7 +122,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(precision, "linear", intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        y: Tensor = self.down_proj(ops.silu_mul(self.gate_proj(x), self.up_proj(x)))
         return y
 
 

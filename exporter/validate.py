@@ -48,8 +48,7 @@ _E4M3_NOISE = 2.0**-4 * (1 / 6) ** 0.5
 
 
 def tolerances(precision: str, layers: int) -> tuple[Tolerance, Tolerance]:
-    """Bounds on the relative L2 of logits between an engine and its precision-aware reference: overall, and per row
-    or step.
+    """Bounds on the relative L2 of an engine's logits to its precision-aware reference: overall; per row or step.
 
     Both compute the same products and differ in the order of float32 sums, which now and then turns a rounding around.
     At worst all roundings of the residual stream are unrelated: 2 updates per layer, embedding and final norm, each of

@@ -14,7 +14,7 @@ from glm_export.plugins.ops import OPS
 from glm_export.plugins.residual_add.portable import RESIDUAL_ADD
 from glm_export.plugins.rms_norm.portable import RMS_NORM
 from glm_export.plugins.schema import DOMAIN, VERSION
-from glm_export.plugins.swiglu.portable import SWIGLU
+from glm_export.plugins.silu_mul.portable import SILU_MUL
 
 OPSET = 24
 _TEXT_DTYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
@@ -33,7 +33,7 @@ def portable_functions(*, compute_dtype: str, attentions: bool) -> tuple[onnx.Fu
         LINEAR,
         FP8_LINEAR,
         cached_attention(attentions=attentions),
-        SWIGLU,
+        SILU_MUL,
         RESIDUAL_ADD,
         MOE_ROUTER,
         moe_experts(_TEXT_DTYPES[compute_dtype]),

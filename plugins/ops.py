@@ -9,7 +9,7 @@ from glm_export.plugins.moe_router.schema import MOE_ROUTER
 from glm_export.plugins.residual_add.schema import RESIDUAL_ADD
 from glm_export.plugins.rms_norm.schema import RMS_NORM
 from glm_export.plugins.schema import OpSchema
-from glm_export.plugins.swiglu.schema import SWIGLU
+from glm_export.plugins.silu_mul.schema import SILU_MUL
 
 OPS: dict[str, OpSchema] = {
     op.name: op
@@ -18,7 +18,7 @@ OPS: dict[str, OpSchema] = {
         LINEAR,
         FP8_LINEAR,
         CACHED_ATTENTION,
-        SWIGLU,
+        SILU_MUL,
         RESIDUAL_ADD,
         MOE_ROUTER,
         MOE_EXPERTS,

@@ -6,7 +6,7 @@ from glm_export.plugins.moe_experts.torch_op import fp8_moe_experts, moe_experts
 from glm_export.plugins.moe_router.torch_op import moe_router
 from glm_export.plugins.residual_add.torch_op import residual_add
 from glm_export.plugins.rms_norm.torch_op import rms_norm
-from glm_export.plugins.swiglu.torch_op import swiglu
+from glm_export.plugins.silu_mul.torch_op import silu_mul
 from glm_export.plugins.torch_library import TRANSLATIONS
 
 __all__ = [
@@ -19,5 +19,5 @@ __all__ = [
     "moe_router",
     "residual_add",
     "rms_norm",
-    "swiglu",
+    "silu_mul",
 ]

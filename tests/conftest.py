@@ -1,4 +1,4 @@
-"""What most tests start from: the tiny recipe, a checkpoint of it, and a bundle per precision (built when asked for)."""
+"""What most tests start from: the tiny recipe, a checkpoint of it, and a bundle per precision, built on demand."""
 
 from __future__ import annotations
 

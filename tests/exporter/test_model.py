@@ -412,7 +412,7 @@ def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path: Path) -
         ours.append((found.logits - want).square().mean(-1).sqrt().flatten())
         theirs.append((load(directory, torch.bfloat16)(ids).logits.float() - want).square().mean(-1).sqrt().flatten())
     # The error of 384 tokens. The median, because either run may now and then choose another expert than float32 did.
-    # Both round at the same places, transformers at some more (inside norms, SwiGLU, RoPE, softmax, the experts' sum,
+    # Both round at the same places, transformers at some more (inside norms, SiluMul, RoPE, softmax, the experts' sum,
     # and the logits): ours should be below 1. A median of 384 numbers that spread by a factor of two is known to 4%.
     our_median, their_median = (float(torch.cat(errors).median()) for errors in (ours, theirs))
     assert our_median <= 1.04 * their_median
@@ -495,10 +495,10 @@ def test_fp8_projections_round_what_they_read() -> None:
         if isinstance(module, Linear):
             module.register_forward_hook(partial(check, name))
     ours(token_ids())
-    swiglu = ["gate_proj", "up_proj", "down_proj"]
+    silu_mul = ["gate_proj", "up_proj", "down_proj"]
     want = [f"model.layers.{i}.self_attn.{letter}_proj" for i in range(4) for letter in "qkvo"]
-    want += [f"model.layers.0.mlp.{name}" for name in swiglu]
-    want += [f"model.layers.{i}.mlp.shared_experts.{name}" for i in (1, 2, 3) for name in swiglu]
+    want += [f"model.layers.0.mlp.{name}" for name in silu_mul]
+    want += [f"model.layers.{i}.mlp.shared_experts.{name}" for i in (1, 2, 3) for name in silu_mul]
     assert sorted(seen) == sorted([*want, "lm_head"])
     assert [module.fp8 for module in ours.modules() if isinstance(module, Experts)] == [True] * 3
 

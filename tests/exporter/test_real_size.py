@@ -38,7 +38,7 @@ def test_glm_4_5_air_is_traced_without_weights(tmp_path):
         "FP8Linear": 4 * (dense + moe) + 3 * (dense + moe),  # attention, dense or shared MLP
         "Linear": moe + 1,  # router, head
         "CachedAttention": dense + moe,
-        "SwiGLU": dense + moe,
+        "SiluMul": dense + moe,
         "ResidualAdd": 2 * (dense + moe) + moe,
         "MoERouter": moe,
         "FP8MoEExperts": moe,

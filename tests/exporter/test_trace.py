@@ -29,7 +29,7 @@ ONNX_TYPES = {
     **{"int64": ir.DataType.INT64, "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN},
 }
 ATTENTION = tuple(f"self_attn.{letter}_proj" for letter in "qkvo")
-SWIGLU = ("gate_proj", "up_proj", "down_proj")
+SILU_MUL = ("gate_proj", "up_proj", "down_proj")
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def test_ops_of_every_layer(precision: str) -> None:
     layers = [f"model.layers.{i}" for i in range(4)]
     moe, dense = [f"{layer}.mlp" for layer in layers[1:]], f"{layers[0]}.mlp"
     projections = [f"{layer}.{name}" for layer in layers for name in ATTENTION]
-    projections += [f"{mlp}.{name}" for mlp in (dense, *(f"{m}.shared_experts" for m in moe)) for name in SWIGLU]
+    projections += [f"{mlp}.{name}" for mlp in (dense, *(f"{m}.shared_experts" for m in moe)) for name in SILU_MUL]
     high = [*(f"{m}.gate" for m in moe), "lm_head"]
     norms = [f"{layer}.{name}_layernorm" for layer in layers for name in ("input", "post_attention")]
     norms += [f"{layer}.self_attn.{letter}_norm" for layer in layers for letter in "qk"] + ["model.norm"]
@@ -90,7 +90,7 @@ def test_ops_of_every_layer(precision: str) -> None:
         "RMSNorm": norms,
         "Linear": high if fp8 else [*projections, *high],
         "CachedAttention": [f"{layer}.self_attn" for layer in layers],
-        "SwiGLU": [dense, *(f"{m}.shared_experts" for m in moe)],
+        "SiluMul": [dense, *(f"{m}.shared_experts" for m in moe)],
         "ResidualAdd": [*layers, *layers, *moe],
         "MoERouter": [f"{m}.gate" for m in moe],
         "FP8MoEExperts" if fp8 else "MoEExperts": [f"{m}.experts" for m in moe],

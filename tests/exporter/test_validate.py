@@ -94,7 +94,7 @@ def rotate_too_much(model):
 
 
 def swap_gate_and_up(model):
-    node = _node(model, "model.layers.0.mlp/SwiGLU")
+    node = _node(model, "model.layers.0.mlp/SiluMul")
     node.input[0], node.input[1] = node.input[1], node.input[0]
 
 

@@ -35,7 +35,7 @@ def bodies(compute_dtype: str = "float32", *, attentions: bool = True) -> dict[s
 
 def test_the_table_has_the_ops_of_the_design() -> None:
     assert list(OPS) == [
-        *("RMSNorm", "Linear", "FP8Linear", "CachedAttention", "SwiGLU", "ResidualAdd"),
+        *("RMSNorm", "Linear", "FP8Linear", "CachedAttention", "SiluMul", "ResidualAdd"),
         *("MoERouter", "MoEExperts", "FP8MoEExperts"),
     ]
     assert all(op.name == name for name, op in OPS.items())
@@ -144,7 +144,7 @@ def _arguments(name: str, dtype: torch.dtype) -> tuple[Tensor | float | None, ..
             *(x(2, 3, 4, 8), x(2, 3, 2, 8), x(2, 3, 2, 8), f32(2, 3, 2), f32(2, 3, 2), x(2, 2, 7, 8), x(2, 2, 7, 8)),
             *(*positions, 4, 0.35),
         ),
-        "SwiGLU": (x(2, 3, 8), x(2, 3, 8)),
+        "SiluMul": (x(2, 3, 8), x(2, 3, 8)),
         "ResidualAdd": (x(2, 3, 8), x(2, 3, 8)),
         "MoERouter": (f32(3, 8), f32(8), 2, 2, 1, 1, 2.5),
         "MoEExperts": (x(3, 8), ids, f32(3, 2), x(4, 12, 8), x(4, 8, 6)),
@@ -180,7 +180,7 @@ def _folder(name: str) -> str:
     return {
         **{"RMSNorm": "rms_norm", "Linear": "linear", "FP8Linear": "linear", "CachedAttention": "cached_attention"},
         **{
-            "SwiGLU": "swiglu",
+            "SiluMul": "silu_mul",
             "ResidualAdd": "residual_add",
             "MoERouter": "moe_router",
             "MoEExperts": "moe_experts",

@@ -28,7 +28,7 @@ def test_float64(evaluate: Evaluate, expect_close: ExpectClose, dtype: torch.dty
     gate = (torch.randn(shape, generator=generator) * 8).to(dtype)
     up = torch.randn(shape, generator=generator).to(dtype)
     gate.view(-1)[:3] = torch.tensor([0.0, -80.0, 80.0])
-    (got,) = evaluate("SwiGLU", gate, up)
+    (got,) = evaluate("SiluMul", gate, up)
     want = exact(gate, up)
     # A sigmoid is good to 4 units in the last place of 1 and not of itself (ONNX Runtime's is a rational function);
     # two products.
@@ -41,4 +41,4 @@ def test_reference_keeps_small_sigmoids(expect_close: ExpectClose) -> None:
     up = torch.full_like(gate, 1.5)
     want = exact(gate, up)
     # exp within 2 units, sum, quotient, two products: relative, however small the sigmoid.
-    expect_close(torch.ops.glm.swiglu(gate, up), want, want.abs() * 8 * U32)
+    expect_close(torch.ops.glm.silu_mul(gate, up), want, want.abs() * 8 * U32)

@@ -1,8 +1,8 @@
 from glm_export.plugins.schema import COMPUTE, OpSchema, Tensor
 
-SWIGLU = OpSchema(
-    name="SwiGLU",
-    torch_name="swiglu",
+SILU_MUL = OpSchema(
+    name="SiluMul",
+    torch_name="silu_mul",
     inputs=(
         Tensor(name="gate", shape="...,F", dtypes=COMPUTE, meaning="goes through SiLU"),
         Tensor(name="up", shape="...,F", dtypes=COMPUTE, meaning="multiplied"),

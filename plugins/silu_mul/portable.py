@@ -1,5 +1,5 @@
-SWIGLU = """
-SwiGLU (gate, up) => (y) {
+SILU_MUL = """
+SiluMul (gate, up) => (y) {
   gate_f32 = Cast <to: int = 1> (gate)
   up_f32 = Cast <to: int = 1> (up)
   sigmoid = Sigmoid (gate_f32)

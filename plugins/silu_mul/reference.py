@@ -4,6 +4,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both [..., F], rounded once."""
     return (F.silu(gate.float()) * up.float()).to(gate.dtype)
