@@ -160,7 +160,8 @@ class Verdict:
         return (
             f"median {self.median:.2e} of {self.tolerance.bound:.2e} allowed ({self.tolerance.reason}), "
             f"worst row's {self.worst_row:.2e} and worst step's {self.worst_step:.2e} of "
-            f"{self.line_tolerance.bound:.2e} ({self.line_tolerance.reason}), outliers {self.outliers} of {self.outliers_allowed}"
+            f"{self.line_tolerance.bound:.2e} ({self.line_tolerance.reason}), "
+            f"outliers {self.outliers} of {self.outliers_allowed}"
         )
 
 
