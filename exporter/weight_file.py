@@ -86,24 +86,27 @@ class WeightFile:
 
         The small tensors are kept until the large ones are written.
         """
-        small: dict[str, list[Tensor]] = {tensor.name: [] for tensor in self.tensors if tensor.small}
+        # Allocated at once: small blocks kept between large temporary ones would leave the heap full of holes.
+        small = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in self.tensors if t.small}
+        filled = dict.fromkeys(small, 0)
         writer.write(self.header)
         for name, block in pieces:
             if name in small:
-                small[name].append(block)
+                small[name][filled[name] : filled[name] + len(block)] = block
+                filled[name] += len(block)
             else:
-                self._append(writer, name, [block])
-        for name, blocks in small.items():
-            self._append(writer, name, blocks)
+                self._append(writer, name, block)
+        for name, tensor in small.items():
+            assert filled[name] == len(tensor), (self.path, name)
+            self._append(writer, name, tensor)
         assert writer.size == self.size, (self.path, writer.size, self.size)
 
-    def _append(self, writer: HashingWriter, name: str, blocks: list[Tensor]) -> None:
+    def _append(self, writer: HashingWriter, name: str, block: Tensor) -> None:
         location = self.locations[name]
         if writer.size < location.offset < writer.size + ALIGNMENT:
             writer.write(bytes(location.offset - writer.size))
-        for block in blocks:
-            assert location.offset <= writer.size < location.offset + location.length, (self.path, name)
-            writer.write(as_bytes(block))
+        assert location.offset <= writer.size < location.offset + location.length, (self.path, name)
+        writer.write(as_bytes(block))
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
