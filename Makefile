@@ -5,9 +5,9 @@ VENV ?= .venv
 DEMO ?= demo
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES = pyproject.toml constraints.txt $(wildcard exporter/* exporter/*/* runtime/* plugins/* plugins/*/* recipes/*)
+SOURCES = pyproject.toml CMakeLists.txt constraints.txt $(wildcard exporter/* exporter/*/* runtime/* plugins/* plugins/*/* recipes/*)
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format kernels clean
 
 demo: $(VENV)/.cpu
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -28,8 +28,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# For work in the source tree; installing builds them by itself.
+kernels:
+	cmake -S . -B build/kernels -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/kernels --parallel
+
 clean:
-	rm -rf $(VENV) $(DEMO) build dist
+	rm -rf $(VENV) $(DEMO) build dist plugins/libglm_ops.so
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -50,7 +50,8 @@ def open_session(
         device: `cpu` or `cuda`.
 
     Raises:
-        UsageError: there is no such target or device, or batch, capacity or threads is out of range.
+        UsageError: there is no such target or device, batch, capacity or threads is out of range, or GLM_EXPORT_CPU
+            asks for kernels that this machine can not run.
         BackendError: the target's library is not installed, or lacks the device or an operator.
         InputError: the bundle has no weights.
         IntegrityError: the engine and the manifest disagree, or the engine does not load.

@@ -2,6 +2,9 @@
 
 Each `k_cache.{i}` and its `k_cache_out.{i}` are bound to one address, so TensorScatter writes the new tokens and copies
 nothing. Bindings and buffers are made once per S; a decode step only fills three small arrays and runs.
+
+On a CPU, ops of the `glm` domain run as our kernels: ONNX Runtime takes a registered kernel in preference to the
+function body of the same name. `GLM_EXPORT_CPU` forces an instruction set, or leaves the kernels out (`portable`).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from glm_export.plugins.library import Kernels, cpu_kernels, cpu_library, wants_kernels
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.contract import Binding
 from glm_export.runtime.errors import BackendError, IntegrityError, ResourceError, UsageError
@@ -39,6 +43,9 @@ class _Step:
 class OnnxRuntimeSession(Session):
     """A bundle's model.onnx in ONNX Runtime."""
 
+    kernels: Kernels | None
+    """The ops that run as our kernels; None if all run as their function bodies."""
+
     def __init__(
         self,
         bundle: Bundle,
@@ -55,7 +62,7 @@ class OnnxRuntimeSession(Session):
             raise UsageError(f"threads is {threads}: it must be 1 or more.")
         self._device = device
         self._caches = self._zero_caches()
-        self._ort = _load(bundle, threads=threads, device=device)
+        self._ort, self.kernels = _load(bundle, threads=threads, device=device)
         _check_bindings(self._ort.get_inputs(), self.contract.inputs(), "inputs")
         _check_bindings(self._ort.get_outputs(), self.contract.outputs_of_step(), "outputs")
         self._write_index = np.zeros(self.batch, np.int64)
@@ -167,19 +174,20 @@ def _check_device(device: str) -> None:
         )
 
 
-def _load(bundle: Bundle, *, threads: int | None, device: str) -> Any:
+def _load(bundle: Bundle, *, threads: int | None, device: str) -> tuple[Any, Kernels | None]:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
     options.intra_op_num_threads = threads or 0
-    # Our kernels' library is registered on `options` here.
+    kernels = _register_kernels(options) if device == "cpu" else None
     providers = [_PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
     try:
         # Constant folding would dequantize the weights into a second, larger copy.
-        return ort.InferenceSession(
+        session = ort.InferenceSession(
             str(bundle.model_path), options, providers=providers, disabled_optimizers=["ConstantFolding"]
         )
+        return session, kernels
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         if type(error).__name__ == "NotImplemented":
@@ -191,6 +199,24 @@ def _load(bundle: Bundle, *, threads: int | None, device: str) -> Any:
             f"onnxruntime {ort.__version__} can not load {bundle.model_path} ({reason}): run `glm-export verify`, "
             "or build the bundle again."
         ) from error
+
+
+def _register_kernels(options: Any) -> Kernels | None:
+    import onnxruntime as ort
+
+    library = cpu_library() if wants_kernels() else None
+    if library is None:
+        return None
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        reason = str(error).rpartition(" : ")[2].removeprefix("glm-export's kernels: ")
+        if type(error).__name__ == "InvalidArgument":
+            raise UsageError(reason) from error
+        raise BackendError(
+            f"onnxruntime {ort.__version__} can not use the kernels in {library} ({reason}): install glm-export again."
+        ) from error
+    return cpu_kernels(library)
 
 
 def _check_bindings(nodes: Any, bindings: tuple[Binding, ...], what: str) -> None:

@@ -1,4 +1,4 @@
-"""One model.onnx, three evaluators: the ONNX reference evaluator, stock onnxruntime and the PyTorch reference agree."""
+"""One model.onnx: the ONNX reference evaluator, onnxruntime (stock, and with our kernels) and PyTorch agree."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ from onnx.reference import ReferenceEvaluator
 
 from glm_export.exporter.validate import tolerances
 from glm_export.exporter.weights import reference_of_bundle
+from glm_export.plugins.library import CPU_VARIABLE, PORTABLE, cpu_library
 from glm_export.runtime.generate import decode_step, generate, prefill
 from glm_export.runtime.open import open_session
 
 CAPACITY = 80
+
+
+@pytest.fixture(params=[PORTABLE, ""], ids=["stock", "kernels"], autouse=True)
+def onnxruntime_form(request, monkeypatch):
+    """Every test here runs once with the function bodies in stock onnxruntime, and once with our kernels."""
+    assert cpu_library() is not None, "the kernels were not built"
+    monkeypatch.setenv(CPU_VARIABLE, request.param)
 
 
 class OnnxEvaluator:
@@ -37,7 +45,7 @@ class OnnxEvaluator:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
-def test_three_evaluators_agree_on_ragged_prefill_and_decode(bundle_of, precision):
+def test_evaluators_agree_on_ragged_prefill_and_decode(bundle_of, precision):
     bundle = bundle_of(precision)
     prompts = [[5, 17, 300, 44, 2], [101], [7, 8, 9]]
     padded = np.array([p + [0] * (5 - len(p)) for p in prompts])

@@ -1,11 +1,14 @@
-"""What the tests of the ops share: a comparison that explains itself, and an op's three evaluators."""
+"""What the tests of the ops share: a comparison that explains itself, and an op's evaluators."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -20,6 +23,7 @@ from torch import Tensor
 
 import glm_export.plugins.torch_ops  # noqa: F401 (defines torch.ops.glm)
 from glm_export.plugins.bodies import OPSET, portable_functions
+from glm_export.plugins.library import CPU_VARIABLE, Kernels, cpu_kernels, cpu_library
 from glm_export.plugins.ops import OPS
 from glm_export.plugins.schema import DOMAIN, VERSION
 from glm_export.plugins.schema import Tensor as TensorSchema
@@ -34,6 +38,9 @@ NUMPY_DTYPES = {
 }
 ONNX_DTYPES = {dtype: helper.np_dtype_to_tensor_dtype(numpy) for dtype, numpy in NUMPY_DTYPES.items()}
 TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in ONNX_DTYPES.items()}
+
+
+ISAS = ("scalar", "avx2")
 
 
 class ExpectClose(Protocol):
@@ -74,10 +81,16 @@ def expect_close() -> ExpectClose:
     return compare
 
 
-@pytest.fixture(params=["reference", "onnxruntime", "onnx_reference"])
+@pytest.fixture(params=["reference", "onnxruntime", "onnx_reference", *(f"kernel_{isa}" for isa in ISAS)])
 def evaluate(request: pytest.FixtureRequest) -> Evaluate:
-    """An op on real tensors: the torch op, or its portable body as a one-node model in one of two ONNX evaluators."""
-    run = {"reference": _torch_op, "onnxruntime": _onnxruntime, "onnx_reference": _onnx_reference}[request.param]
+    """An op on real tensors.
+
+    It runs as the torch op, as a one-node model with its portable body in one of two ONNX evaluators, or as its CPU
+    kernel for one instruction set.
+    """
+    runs = {"reference": _torch_op, "onnxruntime": _onnxruntime, "onnx_reference": _onnx_reference}
+    runs |= {f"kernel_{isa}": functools.partial(_kernel, isa) for isa in ISAS}
+    run: Callable[..., list[Tensor]] = runs[request.param]
 
     def evaluate(name: str, *inputs: Tensor | None, outputs: int = 0, **attributes: float) -> list[Tensor]:
         op = OPS[name]
@@ -104,6 +117,23 @@ def _onnxruntime(
     name: str, inputs: tuple[Tensor | None, ...], outputs: int, attributes: dict[str, float]
 ) -> list[Tensor]:
     session = _ort_session(name, _types(inputs), outputs, tuple(attributes.items()))
+    return run_in_onnxruntime(session, name, inputs)
+
+
+def _kernel(
+    isa: str, name: str, inputs: tuple[Tensor | None, ...], outputs: int, attributes: dict[str, float]
+) -> list[Tensor]:
+    kernels = kernels_for(isa)
+    if kernels is None:
+        pytest.skip(f"this machine has no {isa}")
+    if name not in kernels.ops:
+        pytest.skip(f"{name} has no kernel")
+    session = _kernel_session(isa, name, _types(inputs), outputs, tuple(attributes.items()))
+    return run_in_onnxruntime(session, name, inputs)
+
+
+def run_in_onnxruntime(session: Any, name: str, inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """Runs a session of one_node_model."""
     feeds = {}
     for schema, x in zip(OPS[name].inputs, inputs, strict=True):
         if x is not None:
@@ -138,16 +168,74 @@ def _types(inputs: tuple[Tensor | None, ...]) -> Types:
 
 @functools.cache
 def _ort_session(name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]) -> Any:
-    options = ort.SessionOptions()
+    return _session(name, types, outputs, attributes, ort.SessionOptions())
+
+
+@functools.cache
+def _kernel_session(isa: str, name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]) -> Any:
+    with forced_cpu(isa):
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(built_library()))
+        return _session(name, types, outputs, attributes, options)
+
+
+def _session(
+    name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...], options: ort.SessionOptions
+) -> Any:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     model = one_node_model(name, types, outputs, attributes)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def built_library() -> Path:
+    """The kernels' library; there is no reason to test without it."""
+    library = cpu_library()
+    assert library is not None, "libglm_ops.so is not built: run `make kernels`, or install the package"
+    return library
+
+
+@functools.cache
+def kernels_for(isa: str) -> Kernels | None:
+    """The kernels when an instruction set is forced; None if the machine lacks it."""
+    with forced_cpu(isa):
+        try:
+            return cpu_kernels(built_library())
+        except ValueError:
+            return None
+
+
+@contextlib.contextmanager
+def forced_cpu(isa: str) -> Iterator[None]:
+    """A session keeps what GLM_EXPORT_CPU said when it was made."""
+    before = os.environ.get(CPU_VARIABLE)
+    os.environ[CPU_VARIABLE] = isa
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CPU_VARIABLE]
+        else:
+            os.environ[CPU_VARIABLE] = before
+
+
 @functools.cache
 def _onnx_evaluator(name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]) -> Any:
     return ReferenceEvaluator(one_node_model(name, types, outputs, attributes))
+
+
+@pytest.fixture(scope="session")
+def one_node() -> Callable[..., bytes]:
+    """An op's one-node model in float32 (or whatever an input has to be), for those who will not run it."""
+
+    def make(name: str, *, outputs: int) -> bytes:
+        op = OPS[name]
+        types = tuple((getattr(torch, x.dtypes[0]), len(x.shape.split(","))) for x in op.inputs)
+        attributes = tuple((a.name, a.type(2)) for a in op.attributes)
+        model: bytes = one_node_model(name, types, outputs, attributes).SerializeToString()
+        return model
+
+    return make
 
 
 def one_node_model(name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]) -> onnx.ModelProto:

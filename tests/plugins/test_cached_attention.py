@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb, eager_attention_forward
+
+from glm_export.plugins.library import cpu_library
 
 if TYPE_CHECKING:
     from conftest import Evaluate, ExpectClose
@@ -164,6 +168,12 @@ REGIMES = {
     "no_groups": {"write_index": (2, 6), "new": (3, 2), "J": 4},
     "wide_groups": {"write_index": (2, 6), "new": (3, 2), "H": 12, "J": 1, "A": 16},
     "capacity_is_needed": {"write_index": (0,), "new": (5,), "C": 5},
+    # Around the sizes in which kernels cut heads, tokens and the context.
+    "real_heads": {"write_index": (70, 63), "new": (1, 1), "H": 24, "J": 2, "A": 128, "C": 80},
+    "ragged_head": {"write_index": (5, 60), "new": (5, 3), "A": 72, "C": 80},
+    "long_context": {"write_index": (1022, 511, 64, 1300), "new": (1, 1, 1, 0), "H": 16, "A": 64, "C": 1310},
+    "long_context_chunk": {"write_index": (1534, 0), "new": (3, 2), "H": 10, "C": 1540},
+    "many_tokens": {"write_index": (3, 90), "new": (45, 31), "H": 12, "J": 1, "A": 16, "C": 140},
 }
 
 
@@ -240,3 +250,101 @@ def test_later_cache_is_never_seen(evaluate: Evaluate) -> None:
     for b, start in enumerate((4, 2)):
         rubbish.k_cache[b, :, start:], rubbish.v_cache[b, :, start:] = 1e4, -1e4
     assert torch.equal(rubbish.run(evaluate)[0], whole[0])
+
+
+KERNELS = pytest.mark.parametrize("evaluate", ["kernel_scalar", "kernel_avx2"], indirect=True)
+
+
+@KERNELS
+@DTYPES
+@pytest.mark.parametrize("new", [1, 5, 40])
+def test_kernels_read_no_later_cache(evaluate: Evaluate, new: int, dtype: torch.dtype) -> None:
+    # Not even to multiply it by zero: a step costs what is in use, not the capacity.
+    step = make(write_index=(4, 70), new=(new, new), H=12, C=128, dtype=dtype)
+    whole = step.run(evaluate)
+    rubbish = replace(step, k_cache=step.k_cache.clone(), v_cache=step.v_cache.clone())
+    for b, start in enumerate((4, 70)):
+        rubbish.k_cache[b, :, start + new :] = rubbish.v_cache[b, :, start + new :] = torch.nan
+    got = rubbish.run(evaluate)
+    assert torch.equal(got[0], whole[0])
+    assert torch.equal(got[3], whole[3])
+
+
+@KERNELS
+@DTYPES
+def test_kernels_take_any_scale(evaluate: Evaluate, dtype: torch.dtype) -> None:
+    step = make(write_index=(9,), new=(3,), H=12, dtype=dtype)
+    negative = replace(step, scale=-step.scale).run(evaluate)
+    assert torch.equal(negative[0], replace(step, q=-step.q).run(evaluate)[0])
+    zero = replace(step, scale=0.0).run(evaluate)
+    assert torch.equal(zero[3][0, :, 2, :12], torch.full((12, 12), 1 / 12))
+
+
+def _change(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Step], Step]:
+    return lambda step: replace(step, **{name: change(getattr(step, name))})
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_change("write_index", lambda x: x + 100), "room for 16"),
+        (_change("write_index", lambda x: x - 100), "room for 16"),
+        (_change("write_index", lambda x: x * 0 + 2**63 - 1), "room for 16"),
+        (_change("write_index", lambda x: x[:1]), "write_index"),
+        (_change("length", lambda x: x[:1]), "length"),
+        (_change("q", lambda x: x[:, :, :3]), "multiple"),
+        (_change("q", lambda x: x[0]), "q is|input shape"),  # the body's shape inference comes first
+        (_change("k", lambda x: x[:, :1]), "k is"),
+        (_change("v", lambda x: x[..., :4]), "v is"),
+        (_change("cos", lambda x: x[..., :1]), "cos is"),
+        (_change("sin", lambda x: x[:1]), "sin is"),
+        (_change("k_cache", lambda x: x[:, :0]), "multiple"),
+        (_change("v_cache", lambda x: x[:, :, :9]), "v_cache is"),
+        (lambda step: replace(step, rotary_dim=10), "rotary_dim"),
+        (lambda step: replace(step, rotary_dim=-2), "rotary_dim"),
+    ],
+)
+def test_kernels_refuse(evaluate: Evaluate, change: Callable[[Step], Step], message: str) -> None:
+    step = make(write_index=(6, 0), new=(2, 3))
+    with pytest.raises(Exception, match=message):
+        change(step).run(evaluate)
+
+
+@KERNELS
+def test_any_length_is_safe(evaluate: Evaluate) -> None:
+    step = make(write_index=(6, 0, 3), new=(2, 2, 2))
+    whole = step.run(evaluate)
+    got = replace(step, length=torch.tensor([2**63 - 1, -(2**63), 0])).run(evaluate)
+    assert torch.equal(got[0][0], whole[0][0])
+    assert all(t.isfinite().all() for t in got)
+
+
+def test_kernel_in_place_on_threads(one_node: Callable[..., bytes]) -> None:
+    # One buffer for a cache before and after, and the same numbers on any number of threads.
+    library = cpu_library()
+    assert library is not None
+    step = replace(make(write_index=(1500, 700), new=(1, 1), C=1600), rotary_dim=2, scale=2.0)
+    step = replace(step, cos=step.cos[..., :1].contiguous(), sin=step.sin[..., :1].contiguous())
+    want = torch.ops.glm.cached_attention(*step.inputs(), step.rotary_dim, step.scale)
+    found = []
+    for threads in (1, 2, 3):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.register_custom_ops_library(str(library))
+        session = ort.InferenceSession(one_node("CachedAttention", outputs=3), options)
+        names = [x.name for x in session.get_inputs()]
+        values = {n: ort.OrtValue.ortvalue_from_numpy(x.numpy()) for n, x in zip(names, step.inputs(), strict=True)}
+        binding = session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("out")
+        for name in ("k_cache", "v_cache"):
+            binding.bind_ortvalue_output(f"{name}_out", values[name])
+        session.run_with_iobinding(binding)
+        found.append(torch.from_numpy(binding.get_outputs()[0].numpy()))
+        for name, cache in zip(("k_cache", "v_cache"), want[1:3], strict=True):
+            torch.testing.assert_close(torch.from_numpy(values[name].numpy()), cache)
+    torch.testing.assert_close(found[0], want[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -126,7 +126,9 @@ def test_transformers(E: int, a: Attributes, bias: str) -> None:
 
 
 # The ONNX reference evaluator's GatherElements takes at most 63 experts.
-many_experts = pytest.mark.parametrize("evaluate", ["reference", "onnxruntime"], indirect=True)
+many_experts = pytest.mark.parametrize(
+    "evaluate", ["reference", "onnxruntime", "kernel_scalar", "kernel_avx2"], indirect=True
+)
 biases = pytest.mark.parametrize("bias", BIASES)
 one_or_more = pytest.mark.parametrize("tokens", [1, 50], ids=["one_token", "tokens"])
 

@@ -1,0 +1,149 @@
+#include "plugins/cpu/op.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <exception>
+#include <new>
+
+namespace glm {
+namespace {
+
+std::string text(const int64_t* dims, size_t rank) {
+  std::string result = "[";
+  for (size_t i = 0; i < rank; ++i) {
+    if (i) result += ", ";
+    result += dims[i] < 0 ? "any" : std::to_string(dims[i]);
+  }
+  return result + "]";
+}
+
+// Turns a status into an exception, and releases it.
+void check(const ort::OrtApi* api, ort::OrtStatus* status) {
+  if (!status) return;
+  std::string message = ort::GetErrorMessage(api, status);
+  ort::ReleaseStatus(api, status);
+  throw Error(message);
+}
+
+Tensor tensor_of(const ort::OrtApi* api, const char* name, const ort::OrtValue* value) {
+  int type = 0;
+  const int64_t* dims = nullptr;
+  size_t rank = 0;
+  void* data = nullptr;
+  check(api, ort::GetTensorElementTypeAndShapeDataReference(api, value, &type, &dims, &rank));
+  check(api, ort::GetTensorMutableData(api, const_cast<ort::OrtValue*>(value), &data));
+  return Tensor(name, static_cast<Type>(type), data, dims, rank);
+}
+
+}  // namespace
+
+int64_t Tensor::dim(int index) const {
+  const int64_t rank = static_cast<int64_t>(rank_);
+  const int64_t at = index < 0 ? rank + index : index;
+  if (at < 0 || at >= rank) {
+    throw Error(std::string(name_) + " is " + text(dims_, rank_) + ": more dimensions are expected.");
+  }
+  return dims_[at];
+}
+
+int64_t Tensor::size() const {
+  int64_t result = 1;
+  for (size_t i = 0; i < rank_; ++i) result *= dims_[i];
+  return result;
+}
+
+int64_t Tensor::rows() const {
+  dim(-1);
+  int64_t result = 1;
+  for (size_t i = 0; i + 1 < rank_; ++i) result *= dims_[i];
+  return result;
+}
+
+void Tensor::expect(const Dims& shape) const {
+  bool same = shape.size() == rank_;
+  for (size_t i = 0; same && i < rank_; ++i) same = shape[i] < 0 || shape[i] == dims_[i];
+  if (!same) {
+    throw Error(std::string(name_) + " is " + text(dims_, rank_) + ", expected " + text(shape.data(), shape.size()) +
+                ".");
+  }
+}
+
+int64_t Node::integer(const char* name) const {
+  int64_t value = 0;
+  check(api_, ort::KernelInfoGetAttribute_int64(api_, info_, name, &value));
+  return value;
+}
+
+float Node::real(const char* name) const {
+  float value = 0;
+  check(api_, ort::KernelInfoGetAttribute_float(api_, info_, name, &value));
+  return value;
+}
+
+Tensor Run::input(size_t index) const {
+  size_t count = 0;
+  check(api_, ort::KernelContext_GetInputCount(api_, context_, &count));
+  const ort::OrtValue* value = nullptr;
+  if (index < count) check(api_, ort::KernelContext_GetInput(api_, context_, index, &value));
+  const Operand& operand = op_.inputs.at(index);
+  if (value) return tensor_of(api_, operand.name, value);
+  if (!operand.optional) throw Error(std::string("input ") + operand.name + " is missing.");
+  return Tensor();
+}
+
+Tensor Run::output(size_t index, const Dims& dims) {
+  size_t count = 0;
+  check(api_, ort::KernelContext_GetOutputCount(api_, context_, &count));
+  ort::OrtValue* value = nullptr;
+  if (index < count) {
+    check(api_, ort::KernelContext_GetOutput(api_, context_, index, dims.data(), dims.size(), &value));
+  }
+  const Operand& operand = op_.outputs.at(index);
+  if (value) return tensor_of(api_, operand.name, value);
+  if (!operand.optional) throw Error(std::string("output ") + operand.name + " is missing.");
+  return Tensor();
+}
+
+void* Run::scratch(size_t bytes) const {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    memory.reset();
+    size = 0;
+    const size_t rounded = (bytes + 63) / 64 * 64;
+    memory.reset(std::aligned_alloc(64, rounded));
+    if (!memory) throw std::bad_alloc();
+    size = rounded;
+  }
+  return memory.get();
+}
+
+void Run::run(Function function, void* data, size_t count) const {
+  // An exception must not pass through ONNX Runtime's threads: the first one waits here.
+  struct Job {
+    Function function;
+    void* data;
+    std::atomic<bool> failed;
+    std::exception_ptr error;
+  } job{function, data, {false}, nullptr};
+  const auto guarded = [](void* data, size_t index) {
+    Job& job = *static_cast<Job*>(data);
+    try {
+      job.function(job.data, index);
+    } catch (...) {
+      if (!job.failed.exchange(true)) job.error = std::current_exception();
+    }
+  };
+  check(api_, ort::KernelContext_ParallelFor(api_, context_, guarded, count, 0, &job));
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+std::vector<Op>& ops() {
+  static std::vector<Op> table;
+  return table;
+}
+
+}  // namespace glm

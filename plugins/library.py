@@ -1,0 +1,46 @@
+"""Where the compiled kernels are, and what they offer. Importing it imports nothing heavy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+CPU_VARIABLE = "GLM_EXPORT_CPU"
+"""Forces an instruction set (scalar, avx2); `portable` leaves the kernels out, so that function bodies run."""
+
+PORTABLE = "portable"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """What runs as a kernel of ours."""
+
+    isa: str
+    ops: tuple[str, ...]
+
+
+def cpu_library() -> Path | None:
+    """The custom-op library for ONNX Runtime on a CPU; None where it was not built."""
+    path = Path(__file__).with_name("libglm_ops.so")
+    return path if path.is_file() else None
+
+
+def cpu_kernels(library: Path) -> Kernels:
+    """What a library offers under the present GLM_EXPORT_CPU.
+
+    Raises:
+        ValueError: there is no such instruction set, or the machine lacks it.
+    """
+    describe = ctypes.CDLL(str(library)).glm_kernels
+    describe.restype = ctypes.c_char_p
+    isa, *ops = describe().decode().split() or [""]
+    if not isa:
+        raise ValueError(f"{CPU_VARIABLE} is {os.environ.get(CPU_VARIABLE)!r}: this machine can not run that.")
+    return Kernels(isa=isa, ops=tuple(sorted(ops)))
+
+
+def wants_kernels() -> bool:
+    """Whether GLM_EXPORT_CPU leaves the kernels in."""
+    return os.environ.get(CPU_VARIABLE) != PORTABLE
