@@ -5,6 +5,7 @@ VENV ?= .venv
 DEMO ?= demo
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CPP = $(wildcard plugins/*/*.cpp plugins/*/*.h tests/*/*.cpp)
 SOURCES = pyproject.toml CMakeLists.txt constraints.txt $(wildcard exporter/* exporter/*/* runtime/* plugins/* plugins/*/* recipes/*)
 
 .PHONY: demo test check format kernels clean
@@ -22,11 +23,13 @@ test: check
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # For work in the source tree; installing builds them by itself.
 kernels:

@@ -2,14 +2,14 @@
 // softmax. Few tokens: the range is a chunk of the context, and whoever finishes a head's last chunk merges them all;
 // many tokens: every token block sees its whole past. So keys and values are read once for all their query heads, the
 // work is even for any number of threads, and its split, hence the result, does not depend on that number.
+#include "plugins/cached_attention/attention.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <new>
 #include <vector>
-
-#include "plugins/cached_attention/attention.h"
 
 namespace glm {
 namespace {
@@ -289,8 +289,8 @@ class Attention {
 
   // The sums of all chunks, into those of the first.
   void merge(size_t count, size_t of,
-             float* max,    // [chunks, lane rows]
-             float* sum,    // [chunks, lane rows]
+             float* max,          // [chunks, lane rows]
+             float* sum,          // [chunks, lane rows]
              float* out) const {  // [chunks, block rows, A]
     for (size_t row = 0; row < count; row++) {
       float top = max[row];
@@ -335,16 +335,16 @@ class Attention {
 
   const CachedAttention& a_;
   const size_t G_;
-  const size_t tokens_;   // of a token block
-  const size_t blocks_;   // of tokens
-  const size_t element_;  // bytes
-  const size_t row_;      // bytes of a head
+  const size_t tokens_;      // of a token block
+  const size_t blocks_;      // of tokens
+  const size_t element_;     // bytes
+  const size_t row_;         // bytes of a head
   const size_t block_rows_;  // rows of a token block
   const AttentionLoops& loops_;
-  const size_t lane_rows_;   // the same, up to whole tiles
-  size_t chunk_;             // positions
-  size_t chunks_ = 1;        // of the longest row
-  float factor_;             // of the scores, as powers of 2
+  const size_t lane_rows_;  // the same, up to whole tiles
+  size_t chunk_;            // positions
+  size_t chunks_ = 1;       // of the longest row
+  float factor_;            // of the scores, as powers of 2
 };
 
 }  // namespace

@@ -30,8 +30,8 @@ struct WidenF16 {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 };
-// As a half, an E4M3 number with its bits in the same places is 2^-8 of its value, subnormals included; F16C widens halves
-// and the factor goes to the sum. NaN is not told apart: no build lets one into a bundle.
+// As a half, an E4M3 number with its bits in the same places is 2^-8 of its value, subnormals included; F16C widens
+// halves and the factor goes to the sum. NaN is not told apart: no build lets one into a bundle.
 struct WidenE4m3 {
   static constexpr size_t kBytes = 1;
   static constexpr float kFactor = 256.0f;
@@ -94,8 +94,8 @@ void dot_few(const uint8_t* row, const void* const* x, size_t width, float* y, s
 
 constexpr size_t kBlockRows = 4;
 
-// 4 widened weight rows times M activation rows: for M = 3 twelve sums, seven loads and twelve products at a time, so the
-// multipliers are the limit and not the loads.
+// 4 widened weight rows times M activation rows: for M = 3 twelve sums, seven loads and twelve products at a time, so
+// the multipliers are the limit and not the loads.
 template <size_t M>
 void block(const float* weights, size_t padded, const void* const* x, float factor, float* y, size_t stride) {
   __m256 sum[M][kBlockRows];
@@ -154,20 +154,12 @@ void multiply_many(const uint8_t* w, size_t rows, const void* const* x, size_t c
 template <class Widen>
 void multiply_as(const uint8_t* w, size_t rows, const void* const* x, size_t count, size_t width, float* y,
                  size_t stride) {
+  using Few = void (*)(const uint8_t*, const void* const*, size_t, float*, size_t);
+  static constexpr Few kFew[] = {dot_few<Widen, 1>, dot_few<Widen, 2>, dot_few<Widen, 3>, dot_few<Widen, 4>,
+                                 dot_few<Widen, 5>, dot_few<Widen, 6>, dot_few<Widen, 7>, dot_few<Widen, 8>};
   if (count > 8) return multiply_many<Widen>(w, rows, x, count, width, y, stride);
-  for (size_t n = 0; n < rows; ++n) {
-    const uint8_t* row = w + n * width * Widen::kBytes;
-    switch (count) {
-#define GLM_FEW(M)                                        \
-  case M:                                                 \
-    dot_few<Widen, M>(row, x, width, y + n, stride);      \
-    break;
-      GLM_FEW(1) GLM_FEW(2) GLM_FEW(3) GLM_FEW(4) GLM_FEW(5) GLM_FEW(6) GLM_FEW(7) GLM_FEW(8)
-#undef GLM_FEW
-      default:
-        break;
-    }
-  }
+  if (count == 0) return;
+  for (size_t n = 0; n < rows; ++n) kFew[count - 1](w + n * width * Widen::kBytes, x, width, y + n, stride);
 }
 
 size_t packed_bytes(Form, size_t width) { return (width * 4 + 63) / 64 * 64; }

@@ -4,8 +4,8 @@
 namespace glm {
 namespace {
 
-// Sign, 4 bits of exponent (bias 7), 3 of mantissa; a product moves the bias, subnormals included. NaN is not told apart:
-// no build lets one into a bundle.
+// Sign, 4 bits of exponent (bias 7), 3 of mantissa; a product moves the bias, subnormals included. NaN is not told
+// apart: no build lets one into a bundle.
 float e4m3_to_f32(uint8_t byte) {
   const float magnitude = float_of(static_cast<uint32_t>(byte & 0x7f) << 20) * 0x1p120f;
   return byte & 0x80 ? -magnitude : magnitude;

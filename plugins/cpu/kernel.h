@@ -1,7 +1,8 @@
 // What every CPU kernel is written against: element types, row conversion, and the loop that ONNX Runtime runs for us.
 //
 // Letters as everywhere in the project: T rows (tokens), I input width, O output width, D hidden, F expert width,
-// E experts, K chosen, B batch, S new tokens, H query heads, J key/value heads, A head size, C cache capacity, R rotary/2.
+// E experts, K chosen, B batch, S new tokens, H query heads, J key/value heads, A head size, C cache capacity, R
+// rotary/2.
 #pragma once
 
 #include <cstddef>

@@ -157,9 +157,8 @@ std::vector<Op>& ops();
 template <class K>
 struct Register {
   Register(const char* name, std::vector<Operand> inputs, std::vector<Operand> outputs) {
-    ops().push_back(Op{name, std::move(inputs), std::move(outputs), [](const Node& node) -> std::unique_ptr<Kernel> {
-                         return std::make_unique<K>(node);
-                       }});
+    ops().push_back(Op{name, std::move(inputs), std::move(outputs),
+                       [](const Node& node) -> std::unique_ptr<Kernel> { return std::make_unique<K>(node); }});
   }
 };
 

@@ -67,8 +67,8 @@ constexpr Entry<89, OrtStatus*(const OrtKernelContext* context, size_t* count)> 
 // The value is null where an optional input is absent, or an optional output not asked for.
 constexpr Entry<90, OrtStatus*(const OrtKernelContext* context, size_t index, const OrtValue** value)>
     KernelContext_GetInput;
-constexpr Entry<91, OrtStatus*(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank,
-                               OrtValue** value)>
+constexpr Entry<91,
+                OrtStatus*(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank, OrtValue** value)>
     KernelContext_GetOutput;
 // Since 17. With at most 0 batches every index is a task of its own.
 constexpr Entry<274, OrtStatus*(const OrtKernelContext* context, void (*function)(void* data, size_t index),

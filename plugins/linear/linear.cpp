@@ -11,7 +11,7 @@
 namespace glm {
 namespace {
 
-constexpr size_t kTaskBytes = 64 << 10;       // of weights, so that dispatching a task costs little beside it
+constexpr size_t kTaskBytes = 64 << 10;         // of weights, so that dispatching a task costs little beside it
 constexpr size_t kActivationBytes = 256 << 10;  // of packed rows that a task goes over again and again
 
 }  // namespace

@@ -6,14 +6,14 @@
 namespace glm {
 
 struct LinearArguments {
-  Type x_type;             // f32, bf16 or f16
-  const void* x;           // [T, I]
-  Type weight_type;        // f32, bf16, f16 or e4m3
-  const void* weight;      // [O, I]
+  Type x_type;                // f32, bf16 or f16
+  const void* x;              // [T, I]
+  Type weight_type;           // f32, bf16, f16 or e4m3
+  const void* weight;         // [O, I]
   const float* weight_scale;  // [O] for e4m3, else null
-  const float* bias;       // [O] or null
+  const float* bias;          // [O] or null
   size_t T, I, O;
-  void* y;                 // [T, O] of x_type
+  void* y;  // [T, O] of x_type
 };
 
 void linear(const LinearArguments& a, const Gemm& gemm, const Parallel& parallel);

@@ -1,6 +1,7 @@
 // Tokens are sorted by expert. Stage one: a task computes a block of silu(gate) * up columns for one expert's tokens.
-// Stage two: a task computes a block of output columns, going over all chosen experts in ascending order, so that a token's
-// sum has one order whatever the number of threads. Each chosen expert's weights are read once per stage and row block.
+// Stage two: a task computes a block of output columns, going over all chosen experts in ascending order, so that a
+// token's sum has one order whatever the number of threads. Each chosen expert's weights are read once per stage and
+// row block.
 #include "plugins/moe_experts/experts.h"
 
 #include <algorithm>
@@ -22,7 +23,7 @@ struct Run {
 };
 
 struct Assignments {
-  std::vector<size_t> token;    // by position in the sorted order
+  std::vector<size_t> token;  // by position in the sorted order
   std::vector<float> weight;
   std::vector<Run> runs;
 };
