@@ -6,6 +6,7 @@ into journal.json once it is on disk; a build that was killed goes on after the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -75,9 +76,10 @@ def build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, out: Path, reporte
 def _build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, staging: Path, reporter: Reporter) -> Manifest:
     checkpoint = source if isinstance(source, Checkpoint) else None
     config = source.config if isinstance(source, Checkpoint) else source
+    parameters_of = groups(config)
     files = {
         group: WeightFile.plan(group, (t for p in members for t in stored_tensors(p, recipe.precision)))
-        for group, members in groups(config).items()
+        for group, members in parameters_of.items()
     }
     bindings = contract(
         config,
@@ -98,7 +100,7 @@ def _build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, staging: Path, re
     if checkpoint:
         total = sum(file.size for file in files.values())
         with reporter.stage(f"writing {recipe.precision} weights", total) as advance:
-            for group, members in groups(config).items():
+            for group, members in parameters_of.items():
                 records[files[group].path] = _write_weights(
                     checkpoint, members, files[group], recipe.precision, journal, advance
                 )
@@ -115,7 +117,7 @@ def _build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, staging: Path, re
         contract=bindings,
         recipe=recipe.to_dict(),
         source=identity,
-        versions={name: importlib.metadata.version(name) for name in _LIBRARIES if _installed(name)},
+        versions=_versions(),
         weights=checkpoint is not None,
         eos_token_ids=stop_ids,
         max_position_embeddings=config.max_position_embeddings,
@@ -176,17 +178,18 @@ def _is_still(path: Path, record: FileRecord) -> bool:
 
 def _key(recipe: Recipe, config: Glm4MoeConfig, identity: Mapping[str, Any]) -> str:
     """Identifies a build: its choices, its source and the program."""
-    version = importlib.metadata.version("glm-export") if _installed("glm-export") else ""
+    version = _versions().get("glm-export", "")
     text = json.dumps([recipe.to_dict(), config.to_hf_dict(), identity, version], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _versions() -> dict[str, str]:
+    """Versions of what takes part in a build; a source tree that was not installed has none of its own."""
+    versions = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _check_space(staging: Path, missing: Iterable[WeightFile]) -> None:

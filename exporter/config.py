@@ -8,7 +8,6 @@ the config is made, so that no later code has to ask again.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
@@ -16,6 +15,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from glm_export.runtime import strict_json
 from glm_export.runtime.contract import COMPUTE_DTYPES, OPTIONAL_OUTPUTS, Contract, LogitsMode
 from glm_export.runtime.errors import InputError, UsageError
 
@@ -240,18 +240,11 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
     Raises:
         InputError: not UTF-8, not JSON, not an object, nested too deeply, or a duplicate key.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise InputError(f"{source}: the key {twice!r} appears twice in one object; keep the right one.")
-        return table
-
     try:
-        table = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        table = strict_json.parse_json(data, constants=True)  # a NaN gets a sentence of its own where it matters
+    except strict_json.DuplicateKeyError as error:
+        raise InputError(f"{source}: {error} in one object; keep the right one.") from None
+    except ValueError as error:
         raise InputError(f"{source}: not valid JSON ({error}); the file may be truncated, copy it again.") from None
     if not isinstance(table, dict):
         raise InputError(f"{source}: holds a JSON {type(table).__name__}, expected an object {{...}}.")

@@ -12,14 +12,13 @@ import onnx
 from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.layout import parameters
 from glm_export.runtime.bundle import MODEL_NAME, Bundle
+from glm_export.runtime.session import numpy_dtype
 
 KINDS = (
     *("embedding", "lm_head", "attention linears", "dense MLP", "shared experts", "routed experts", "router", "norms"),
     *("biases", "scales"),
 )
 """The kinds of weights, as they are added up."""
-
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -102,7 +101,7 @@ def _weight_bytes(graph: Any) -> dict[str, int]:
 def _kv_bytes_per_token(bundle: Bundle) -> int:
     """What one token of one row takes in all caches: their shapes without B and C."""
     return sum(
-        math.prod(dim for dim in cache.shape if isinstance(dim, int)) * _ITEM_BYTES[cache.dtype]
+        math.prod(dim for dim in cache.shape if isinstance(dim, int)) * numpy_dtype(cache.dtype).itemsize
         for cache in bundle.manifest.contract.caches()
     )
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from glm_export.runtime.errors import InputError, IntegrityError
 from glm_export.runtime.files import Progress, resolve_inside, sha256_of
-from glm_export.runtime.manifest import MANIFEST_NAME, Manifest, parse_json
+from glm_export.runtime.manifest import MANIFEST_NAME, Manifest
+from glm_export.runtime.strict_json import parse_json
 
 Check = Literal["manifest", "size", "full"]
 """How much `Bundle.open` checks: only the manifest; or the sizes of all files, and the hashes of all but weights and

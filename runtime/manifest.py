@@ -17,8 +17,9 @@ from typing import Any, NoReturn, TypeVar
 from glm_export.runtime.contract import COMPUTE_DTYPES, OPTIONAL_OUTPUTS, Binding, Contract
 from glm_export.runtime.errors import InputError, IntegrityError
 from glm_export.runtime.files import FileRecord, is_plain_relative, resolve_inside, write_text_durably
+from glm_export.runtime.strict_json import parse_json
 
-__all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "FileRecord", "Manifest", "parse_json"]
+__all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "FileRecord", "Manifest"]
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -133,30 +134,6 @@ class Manifest:
             files=files,
             engines=_engines(fields["engines"], files),
         )
-
-
-def parse_json(data: bytes) -> object:
-    """Parses JSON more strictly than `json.loads`: UTF-8, no duplicate keys, no NaN or Infinity.
-
-    Raises:
-        ValueError: it is not such JSON.
-    """
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = next(key for key in result if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"the key {twice!r} appears twice")
-    return result
-
-
-def _no_constants(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _damaged(path: Path, reason: str) -> NoReturn:

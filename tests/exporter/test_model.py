@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from closeness import expect_close
 from torch import Tensor, nn
 
 from glm_export.exporter.checkpoint import Checkpoint
@@ -99,20 +100,6 @@ def test_grid_has_every_pair_of_values() -> None:
     want = sum(len(a) * len(b) for a, b in itertools.combinations(AXES.values(), 2))
     assert len(set().union(*map(pairs, GRID))) == want
     assert len(GRID) < 30
-
-
-def expect_close(got: Tensor, want: Tensor, tolerance: float | Tensor, what: str = "result") -> None:
-    """Compares element by element in float64; a failure names the worst element."""
-    assert got.shape == want.shape, f"{what}: got shape {tuple(got.shape)}, want {tuple(want.shape)}"
-    got, want = got.double(), want.double()
-    error, allowed = (got - want).abs(), torch.as_tensor(tolerance, dtype=torch.float64).expand(want.shape)
-    excess = torch.where(error.isfinite(), error - allowed, torch.inf)
-    if excess.max() > 0:
-        where = np.unravel_index(int(excess.argmax()), tuple(want.shape))
-        pytest.fail(
-            f"{what}: {int((excess > 0).sum())} of {want.numel()} elements are off, worst at {[*map(int, where)]}: "
-            f"got {got[where]:.9g}, want {want[where]:.9g}, error {error[where]:.3g}, tolerance {allowed[where]:.3g}"
-        )
 
 
 def transformers_model(case: Case, seed: int = 3) -> Any:

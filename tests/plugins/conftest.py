@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import closeness
 import ml_dtypes
 import numpy as np
 import onnx
@@ -63,22 +64,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def expect_close() -> ExpectClose:
     """Compares element by element in float64; a failure names the worst element."""
-
-    def compare(got: Tensor, want: Tensor, tolerance: float | Tensor, what: str = "result") -> None:
-        assert got.shape == want.shape, f"{what}: got shape {tuple(got.shape)}, want {tuple(want.shape)}"
-        got, want = got.double(), want.double()
-        assert got.isfinite().all(), f"{what}: {int((~got.isfinite()).sum())} elements are not finite"
-        error, allowed = (got - want).abs(), torch.as_tensor(tolerance, dtype=torch.float64).expand(want.shape)
-        excess = error - allowed
-        if got.numel() == 0 or excess.max() <= 0:
-            return
-        where = np.unravel_index(int(excess.argmax()), tuple(want.shape))
-        pytest.fail(
-            f"{what}: {int((excess > 0).sum())} of {want.numel()} elements are off, worst at {[*map(int, where)]}: "
-            f"got {got[where]:.9g}, want {want[where]:.9g}, error {error[where]:.3g}, tolerance {allowed[where]:.3g}"
-        )
-
-    return compare
+    return closeness.expect_close
 
 
 @pytest.fixture(params=["reference", "onnxruntime", "onnx_reference", *(f"kernel_{isa}" for isa in ISAS)])
