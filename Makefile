@@ -5,10 +5,10 @@ VENV ?= .venv
 DEMO ?= demo
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-CPP = $(wildcard plugins/*/*.cpp plugins/*/*.h tests/*/*.cpp)
+CPP = $(foreach suffix,cpp h cu cuh,$(wildcard plugins/*/*.$(suffix) tests/*/*.$(suffix) tests/*/*/*.$(suffix)))
 SOURCES = pyproject.toml CMakeLists.txt constraints.txt $(wildcard exporter/* exporter/*/* runtime/* plugins/* plugins/*/* recipes/*)
 
-.PHONY: demo test check format kernels clean
+.PHONY: demo test test-gpu check format kernels cuda clean
 
 demo: $(VENV)/.cpu
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -18,7 +18,11 @@ demo: $(VENV)/.cpu
 	$(BIN)/glm-export run $(DEMO)/bundle --prompt "Hello" --max-new-tokens 16
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The CUDA kernels on the GPU of this machine.
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/plugins -k cuda_gpu
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -36,8 +40,15 @@ kernels:
 	cmake -S . -B build/kernels -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/kernels --parallel
 
+# The same with a record of what every CUDA kernel takes on every architecture.
+cuda:
+	rm -rf build/cuda
+	cmake -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release -DGLM_CUDA=ON -DGLM_CUDA_REPORT=ON
+	cmake --build build/cuda --target glm_cuda >build/cuda/ptxas.txt 2>&1 || { cat build/cuda/ptxas.txt; false; }
+	$(PYTHON) bench/cuda_resources.py build/cuda/ptxas.txt >bench/CUDA_RESOURCES.md
+
 clean:
-	rm -rf $(VENV) $(DEMO) build dist plugins/libglm_ops.so
+	rm -rf $(VENV) $(DEMO) build dist plugins/*.so
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

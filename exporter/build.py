@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import onnx
 import onnx_ir as ir
 from torch import Tensor
@@ -23,13 +22,14 @@ from torch import Tensor
 from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.config import Glm4MoeConfig, contract, parse_json
 from glm_export.exporter.layout import TIED, Parameter, groups
+from glm_export.exporter.lock import only_builder
 from glm_export.exporter.progress import Advance, Reporter
 from glm_export.exporter.recipe import Recipe, check_model
 from glm_export.exporter.storage import convert, stored_tensors
 from glm_export.exporter.trace import trace
 from glm_export.exporter.weight_file import FOLDER, Location, WeightFile, all_locations
 from glm_export.runtime.bundle import JOURNAL_NAME, MODEL_NAME
-from glm_export.runtime.errors import InputError, LockedError, ResourceError, UsageError
+from glm_export.runtime.errors import InputError, ResourceError, UsageError
 from glm_export.runtime.files import FileRecord, HashingWriter, sha256_of, sync_directory, write_text_durably
 from glm_export.runtime.manifest import Manifest
 
@@ -59,17 +59,10 @@ def build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, out: Path, reporte
     check_model(recipe, source.config if isinstance(source, Checkpoint) else source)
     staging = out.with_name(out.name + ".building")
     staging.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out.with_name(out.name + ".lock"))
-    try:
-        with lock.acquire(timeout=0):
-            try:
-                manifest = _build(source, recipe, staging, reporter)
-                staging.rename(out)
-                sync_directory(out.parent)
-            finally:
-                Path(lock.lock_file).unlink(missing_ok=True)  # still locked: whoever comes now makes a new one
-    except filelock.Timeout:
-        raise LockedError(f"Another process is building {out}; wait for it or choose another place.") from None
+    with only_builder(out):
+        manifest = _build(source, recipe, staging, reporter)
+        staging.rename(out)
+        sync_directory(out.parent)
     return manifest
 
 

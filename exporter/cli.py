@@ -21,6 +21,7 @@ from typing import NoReturn
 import click
 
 from glm_export.exporter.commands.build import build
+from glm_export.exporter.commands.engine import engine
 from glm_export.exporter.commands.inspect import inspect
 from glm_export.exporter.commands.make_checkpoint import make_checkpoint
 from glm_export.exporter.commands.run import run
@@ -62,7 +63,7 @@ def cli(settings: Settings, debug: bool) -> None:
     settings.debug = debug
 
 
-for _command in (make_checkpoint, build, run, validate, inspect, verify):
+for _command in (make_checkpoint, build, engine, run, validate, inspect, verify):
     cli.add_command(_command)
 
 

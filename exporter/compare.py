@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,26 @@ class Comparison:
             "greedy_tokens_agreed": sum(self.greedy_tokens),
             "greedy_tokens": int(self.top1.size),
         }
+
+
+def table(comparisons: Sequence[Comparison]) -> list[str]:
+    """Comparisons for people, a line each under a head."""
+    head = ("", "rel. L2 median", "max", "max abs", "cosine min", "KL mean", "top-1", "greedy")
+    rows: list[tuple[str, ...]] = [head]
+    for comparison in comparisons:
+        s = comparison.summary()
+        rows.append(
+            (
+                comparison.title,
+                *(f"{s[key]:.2e}" for key in ("relative_l2_median", "relative_l2_max", "max_abs")),
+                f"{s['cosine_min']:.6f}",
+                f"{s['kl_mean']:.2e}",
+                f"{100 * s['top1_agreement']:.1f}%",
+                f"{s['greedy_tokens_agreed']}/{s['greedy_tokens']}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import onnx
 from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.layout import parameters
 from glm_export.runtime.bundle import MODEL_NAME, Bundle
+from glm_export.runtime.engine_info import EngineInfo
 from glm_export.runtime.session import numpy_dtype
 
 KINDS = (
@@ -26,7 +27,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
 
     Raises:
         InputError: its config.json is of no known model.
-        IntegrityError: config.json or model.onnx is not what the manifest says.
+        IntegrityError: config.json, model.onnx or an engine.json is not what the manifest says.
     """
     manifest = bundle.manifest
     config = Glm4MoeConfig.from_file(bundle.file("config.json"))
@@ -45,7 +46,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "bindings": manifest.to_json()["bindings"],
         "opset": {entry.domain or "onnx": entry.version for entry in model.opset_import},
         "nodes": _node_counts(model.graph),
-        "engines": {target: list(paths) for target, paths in manifest.engines.items()},
+        "engines": {target: EngineInfo.read(bundle, target).to_json() for target in manifest.engines},
         "total_bytes": bundle.total_bytes,
         "files": {path: dataclasses.asdict(record) for path, record in manifest.files.items()},
         "source": dict(manifest.source),

@@ -41,6 +41,18 @@ class Reporter:
             yield self._lines(title, total_bytes)
         self.note(f"{title}: {time.monotonic() - started:.1f} s")
 
+    @contextmanager
+    def phases(self, title: str) -> Iterator[Callable[[float, str], None]]:
+        """Shows a stage that counts no bytes; the function it gives takes the fraction done, and what is being done."""
+        started = time.monotonic()
+        if self._console.is_terminal and not self._quiet:
+            with self._bar(None) as bar:
+                task = bar.add_task(title, total=1.0)
+                yield lambda done, what: bar.update(task, completed=done, description=f"{title}: {what.lower()}")
+        else:
+            yield self._percentages(title)
+        self.note(f"{title}: {time.monotonic() - started:.1f} s")
+
     def _bar(self, total_bytes: int | None) -> Progress:
         columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
         if total_bytes is not None:
@@ -59,3 +71,14 @@ class Reporter:
                 self.note(f"{title}: {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB ({percent:.0f}%)")
 
         return advance
+
+    def _percentages(self, title: str) -> Callable[[float, str], None]:
+        last = time.monotonic()
+
+        def show(done: float, what: str) -> None:
+            nonlocal last
+            if time.monotonic() - last > _LINE_EVERY_S:
+                last = time.monotonic()
+                self.note(f"{title}: {100 * done:.0f}%, {what.lower()}")
+
+        return show

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from dataclasses import field as with_default
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from glm_export.exporter.config import (
     ALIASES,
@@ -29,6 +29,12 @@ from glm_export.runtime.errors import InputError, UsageError
 
 PRECISIONS = tuple(COMPUTE_DTYPES)
 TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""The compute capabilities of GPUs that TensorRT-RTX compiles for."""
+CacheDtype = Literal["compute", "fp8"]
+ExpertsForm = Literal["plugin", "trt_moe"]
+_TEXTS = ("LogitsMode", "CacheDtype", "ExpertsForm")
 
 # Nothing of the architecture: the training leftovers, and the dtype, which each stored tensor has for itself.
 _NOT_COMPARED = ("dtype", "initializer_range", "attention_dropout", "use_cache", "output_router_logits")
@@ -49,6 +55,20 @@ class Runtime:
 
     capacity: int = 4096
     batch: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """How an engine of TensorRT or TensorRT-RTX is built; its capacity and batch are those of [runtime]."""
+
+    prefill: int = 512
+    """Most new tokens per row in one step; longer prompts come in chunks."""
+    compute_capabilities: tuple[str, ...] = ("8.9", "12.0")
+    """Of the GPUs that a TensorRT-RTX engine runs on. One of TensorRT runs on the kind of GPU it is built on."""
+    cache_dtype: CacheDtype = "compute"
+    """`fp8` halves the KV cache: E4M3 with scale 1."""
+    experts: ExpertsForm = "plugin"
+    """`trt_moe` is TensorRT's own layer: unquantized, on GPUs of compute capability 10.0, 10.3 or 11.0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +94,7 @@ class Recipe:
     target: str = "onnxruntime"
     export: Export = with_default(default_factory=Export)
     runtime: Runtime = with_default(default_factory=Runtime)
+    engine: Engine = with_default(default_factory=Engine)
     validate: Validate = with_default(default_factory=Validate)
     model: Glm4MoeConfig | None = None
     """The architecture this recipe is for; None takes any."""
@@ -84,7 +105,12 @@ class Recipe:
         _expect_choice("export.logits", self.export.logits, ("last", "all"))
         for output in self.export.outputs:
             _expect_choice("export.outputs", output, OPTIONAL_OUTPUTS)
-        sizes = {"runtime": ("capacity", "batch"), "validate": ("prompts", "prompt_tokens", "steps")}
+        _check_engine(self)
+        sizes = {
+            "runtime": ("capacity", "batch"),
+            "engine": ("prefill",),
+            "validate": ("prompts", "prompt_tokens", "steps"),
+        }
         for table, names in sizes.items():
             for name in names:
                 value = getattr(getattr(self, table), name)
@@ -112,6 +138,9 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain tables, for the manifest; `from_dict` reads it back equal."""
         return asdict(self)
+
+
+_TABLES = {"export": Export, "runtime": Runtime, "engine": Engine, "validate": Validate, "model": Glm4MoeConfig}
 
 
 def builtin_recipes() -> tuple[str, ...]:
@@ -175,6 +204,27 @@ def check_model(recipe: Recipe, config: Glm4MoeConfig) -> None:
         )
 
 
+def _check_engine(recipe: Recipe) -> None:
+    engine = recipe.engine
+    for capability in engine.compute_capabilities:
+        if capability not in CAPABILITIES:
+            raise UsageError(
+                f"engine.compute_capabilities has {key_and_hint(capability, CAPABILITIES)}, TensorRT-RTX compiles for "
+                f"{', '.join(CAPABILITIES)}: choose from those; the target tensorrt builds for the GPU it finds."
+            )
+    if len(set(engine.compute_capabilities)) != max(1, len(engine.compute_capabilities)):
+        raise UsageError(
+            f"engine.compute_capabilities is {list(engine.compute_capabilities)}; name one or more, each once."
+        )
+    _expect_choice("engine.cache_dtype", engine.cache_dtype, get_args(CacheDtype))
+    _expect_choice("engine.experts", engine.experts, get_args(ExpertsForm))
+    if recipe.target != "onnxruntime" and "attentions" in recipe.export.outputs:
+        raise UsageError(
+            f"export.outputs has attentions, which the target {recipe.target} does not compute; leave them out or use "
+            "onnxruntime."
+        )
+
+
 def _expect_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UsageError(f"{name} is {key_and_hint(value, known)}, expected one of {', '.join(known)}.")
@@ -231,10 +281,10 @@ def _build(cls: type[Any], table: object, prefix: str) -> object:
         return Glm4MoeConfig.from_dict({"model_type": MODEL_TYPE, **table}, source="[model]")
     values: dict[str, object] = {}
     for key, value in table.items():
-        nested = {"export": Export, "runtime": Runtime, "validate": Validate, "model": Glm4MoeConfig}.get(key)
+        nested = _TABLES.get(key)
         if cls is Recipe and nested is not None:
             values[key] = None if value is None else _build(nested, value, f"{prefix}{key}.")
         else:
-            kind = "str" if known[key] == "LogitsMode" else known[key]
+            kind = "str" if known[key] in _TEXTS else known[key]
             values[key] = check_type(f"{prefix}{key}", value, kind)
     return cls(**values)

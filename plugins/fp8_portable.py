@@ -1,7 +1,6 @@
-"""Per-row FP8 rounding as an ONNX function that other bodies call (the ONNX form of fp8.fake_quantize_rows)."""
+"""Per-row FP8 rounding as ONNX functions that other bodies call (the ONNX form of fp8.fake_quantize_rows)."""
 
-FAKE_QUANTIZE_ROWS = """
-FakeQuantizeRows (x_TI) => (x_hat_TI) {
+_ROUND = """
   magnitude = Abs (x_TI)
   last = Constant <value_ints: ints = [-1]> ()
   amax_T = ReduceMax <keepdims: int = 0> (magnitude, last)
@@ -16,6 +15,13 @@ FakeQuantizeRows (x_TI) => (x_hat_TI) {
   unit = Constant <value_float: float = 1.0> ()
   values_TI = QuantizeLinear <output_dtype: int = 17> (scaled_TI, unit)
   rounded_TI = DequantizeLinear (values_TI, unit)
-  x_hat_TI = Mul (rounded_TI, scale_T1)
-}
+"""
+
+ROUND_ROWS = f"""
+RoundRows (x_TI) => (rounded_TI, scale_T1) {{{_ROUND}}}
+"""
+
+FAKE_QUANTIZE_ROWS = f"""
+FakeQuantizeRows (x_TI) => (x_hat_TI) {{{_ROUND}  x_hat_TI = Mul (rounded_TI, scale_T1)
+}}
 """

@@ -23,8 +23,22 @@ class Kernels:
 
 def cpu_library() -> Path | None:
     """The custom-op library for ONNX Runtime on a CPU; None where it was not built."""
-    path = Path(__file__).with_name("libglm_ops.so")
-    return path if path.is_file() else None
+    return _beside("libglm_ops.so")
+
+
+def cuda_library() -> Path | None:
+    """The CUDA kernels behind cuda/launch.h; None where they were not built, for want of an nvcc."""
+    return _beside("libglm_cuda.so")
+
+
+def tensorrt_plugin_library() -> Path | None:
+    """The TensorRT plugins in C++; None where they were not built, for want of TensorRT's headers."""
+    return _beside("libglm_trt_plugins.so")
+
+
+def rtx_name_library() -> Path | None:
+    """The empty library called libtensorrt_rtx.so, for TensorRT-RTX's parser; None where it was not built."""
+    return _beside("libglm_rtx_name.so")
 
 
 def cpu_kernels(library: Path) -> Kernels:
@@ -44,3 +58,8 @@ def cpu_kernels(library: Path) -> Kernels:
 def wants_kernels() -> bool:
     """Whether GLM_EXPORT_CPU leaves the kernels in."""
     return os.environ.get(CPU_VARIABLE) != PORTABLE
+
+
+def _beside(name: str) -> Path | None:
+    path = Path(__file__).with_name(name)
+    return path if path.is_file() else None

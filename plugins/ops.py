@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from glm_export.plugins.cached_attention.schema import CACHED_ATTENTION
+from glm_export.plugins.fp8_cache_write.schema import FP8_CACHE_WRITE
 from glm_export.plugins.linear.schema import FP8_LINEAR, LINEAR
 from glm_export.plugins.moe_experts.schema import FP8_MOE_EXPERTS, MOE_EXPERTS
 from glm_export.plugins.moe_router.schema import MOE_ROUTER
@@ -23,5 +24,9 @@ OPS: dict[str, OpSchema] = {
         MOE_ROUTER,
         MOE_EXPERTS,
         FP8_MOE_EXPERTS,
+        FP8_CACHE_WRITE,
     )
 }
+
+TENSORRT_PLUGINS = ("MoERouter", "MoEExperts", "FP8MoEExperts", "FP8CacheWrite")
+"""The ops that TensorRT runs as our plugins; the others are function bodies in what its parser does best."""

@@ -24,6 +24,8 @@ class Tensor:
     dtypes: tuple[str, ...]
     meaning: str
     optional: bool = False
+    in_place_of: str | None = None
+    """The input whose memory this output has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,8 @@ class Attribute:
     name: str
     type: type[int] | type[float]
     meaning: str
+    letter: str | None = None
+    """The shape letter whose size it is, where no input has that letter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +44,8 @@ class OpSchema:
     """An op of the `glm` domain."""
 
     name: str
-    torch_name: str
+    torch_name: str | None
+    """None for an op that only occurs in graphs lowered for a target, and is never traced."""
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     attributes: tuple[Attribute, ...] = ()

@@ -34,6 +34,7 @@ def define(schema: OpSchema, reference: Callable[P, R], fake: Callable[P, R]) ->
     expected = [t.name for t in schema.inputs] + [a.name for a in schema.attributes]
     for function in (reference, fake):
         assert list(inspect.signature(function).parameters) == expected, (schema.name, function)
+    assert schema.torch_name, schema.name
     op = torch.library.custom_op(f"{DOMAIN}::{schema.torch_name}", reference, mutates_args=())
     op.register_fake(fake)
     TRANSLATIONS[getattr(torch.ops.glm, schema.torch_name).default] = _translation(schema)

@@ -19,6 +19,8 @@ engines (a target hashes its engine before it loads it); or the sizes and hashes
 
 JOURNAL_NAME = "journal.json"
 MODEL_NAME = "model.onnx"
+BUILDING = ".building"
+"""Ends the name of the folder below engines/ in which an engine is built, before any manifest lists it."""
 
 _BIG_FOLDERS = ("weights/", "engines/")
 _REPORTS = "reports/"  # written by later runs of validate, and nothing reads them to decode
@@ -179,5 +181,6 @@ class Bundle:
             here = Path(folder)
             for name in (*names, *(name for name in subfolders if (here / name).is_symlink())):
                 path = (here / name).relative_to(self.directory).as_posix()
-                if path not in (MANIFEST_NAME, JOURNAL_NAME) and not path.startswith(_REPORTS):
+                being_built = path.startswith("engines/") and path.split("/")[1].endswith(BUILDING)
+                if path not in (MANIFEST_NAME, JOURNAL_NAME) and not path.startswith(_REPORTS) and not being_built:
                     yield path

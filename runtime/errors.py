@@ -50,3 +50,14 @@ class IntegrityError(GlmExportError):
     """A bundle file is not what the manifest says (8)."""
 
     exit_code = 8
+
+
+def missing_library(who: str, library: str, *, extra: str) -> BackendError:
+    """What is raised where an optional dependency is not installed.
+
+    Args:
+        who: what needs it, as the subject of the sentence.
+        library: the module that is not there.
+        extra: the extra of this package that installs it.
+    """
+    return BackendError(f'{who} needs the library {library}: pip install "glm-export[{extra}]".')

@@ -49,7 +49,7 @@ def generate(
         stop_ids: end a generation; the bundle's eos_token_ids when None.
         on_token: see OnToken.
         on_logits: see OnLogits.
-        prefill_chunk: most prompt tokens per step.
+        prefill_chunk: most prompt tokens per step; fewer where the engine takes fewer.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, or more tokens than the model has positions.
@@ -86,7 +86,7 @@ def generate(
 
 
 def prefill(session: Session, prompts: Sequence[Sequence[int]], chunk: int = PREFILL_CHUNK) -> Floats:
-    """Feeds one prompt to each of the first rows, `chunk` tokens at a time; further rows idle.
+    """Feeds one prompt to each of the first rows, `chunk` tokens at a time or what the engine takes; others idle.
 
     Returns the logits [B,V] after each prompt's last token (zeros for rows without a prompt), float32, a copy.
     Rows continue from what they hold, so reset the session before a new conversation.
@@ -99,6 +99,7 @@ def prefill(session: Session, prompts: Sequence[Sequence[int]], chunk: int = PRE
             f"{len(prompts)} prompts in chunks of {chunk}: expected at most {session.batch} prompts and chunks of 1 "
             "or more."
         )
+    chunk = min(chunk, session.max_step_tokens or chunk)
     sizes = np.zeros(session.batch, np.int64)
     sizes[: len(prompts)] = [len(prompt) for prompt in prompts]
     logits_BV = np.zeros((session.batch, session.contract.vocab_size), np.float32)

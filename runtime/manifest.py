@@ -12,12 +12,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from glm_export.runtime.contract import COMPUTE_DTYPES, OPTIONAL_OUTPUTS, Binding, Contract
 from glm_export.runtime.errors import InputError, IntegrityError
 from glm_export.runtime.files import FileRecord, is_plain_relative, resolve_inside, write_text_durably
-from glm_export.runtime.strict_json import parse_json
+from glm_export.runtime.strict_json import exact, one_of, parse_json, positive, typed
 
 __all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "FileRecord", "Manifest"]
 
@@ -25,8 +25,6 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 _LARGEST_MANIFEST = 16 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,34 +101,34 @@ class Manifest:
             InputError: the schema is newer than this program.
             ValueError: anything else is wrong; the message says what.
         """
-        version = _typed(_typed(value, dict, "the manifest").get("schema_version"), int, "schema_version")
+        version = typed(typed(value, dict, "the manifest").get("schema_version"), int, "schema_version")
         if version > SCHEMA_VERSION:
             raise InputError(
                 f"the bundle has schema {version}, this glm-export reads up to {SCHEMA_VERSION}: install a newer one."
             )
         if version != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {version}, expected {SCHEMA_VERSION}")
-        fields = _exact(value, {field.name for field in dataclasses.fields(cls)} | {"bindings"}, "the manifest")
-        precision = _one_of(fields["precision"], tuple(COMPUTE_DTYPES), "precision")
+        fields = exact(value, {field.name for field in dataclasses.fields(cls)} | {"bindings"}, "the manifest")
+        precision = one_of(fields["precision"], tuple(COMPUTE_DTYPES), "precision")
         contract = _contract(fields["contract"], precision)
         if fields["bindings"] != _binding_tables(contract):
             raise ValueError("bindings are not the ones that contract describes")
         files = _files(fields["files"])
         return cls(
-            name=_typed(fields["name"], str, "name"),
+            name=typed(fields["name"], str, "name"),
             precision=precision,
             contract=contract,
-            recipe=_typed(fields["recipe"], dict, "recipe"),
-            source=_typed(fields["source"], dict, "source"),
+            recipe=typed(fields["recipe"], dict, "recipe"),
+            source=typed(fields["source"], dict, "source"),
             versions={
-                key: _typed(item, str, f"versions.{key}")
-                for key, item in _typed(fields["versions"], dict, "versions").items()
+                key: typed(item, str, f"versions.{key}")
+                for key, item in typed(fields["versions"], dict, "versions").items()
             },
-            weights=_typed(fields["weights"], bool, "weights"),
+            weights=typed(fields["weights"], bool, "weights"),
             eos_token_ids=_token_ids(fields["eos_token_ids"], contract.vocab_size),
-            max_position_embeddings=_positive(fields["max_position_embeddings"], "max_position_embeddings"),
-            capacity=_positive(fields["capacity"], "capacity"),
-            batch=_positive(fields["batch"], "batch"),
+            max_position_embeddings=positive(fields["max_position_embeddings"], "max_position_embeddings"),
+            capacity=positive(fields["capacity"], "capacity"),
+            batch=positive(fields["batch"], "batch"),
             files=files,
             engines=_engines(fields["engines"], files),
         )
@@ -152,28 +150,28 @@ def _binding_tables(contract: Contract) -> dict[str, list[dict[str, Any]]]:
 
 def _contract(value: object, precision: str) -> Contract:
     names = {field.name for field in dataclasses.fields(Contract)}
-    fields = dict(_exact(value, names, "contract"))
-    outputs = tuple(_typed(fields["outputs"], list, "contract.outputs"))
+    fields = dict(exact(value, names, "contract"))
+    outputs = tuple(typed(fields["outputs"], list, "contract.outputs"))
     if outputs != tuple(kind for kind in OPTIONAL_OUTPUTS if kind in outputs):
         raise ValueError(f"contract.outputs is {list(outputs)}, expected some of {list(OPTIONAL_OUTPUTS)} in order")
     if fields["compute_dtype"] != COMPUTE_DTYPES[precision]:
         raise ValueError(f"contract.compute_dtype is {fields['compute_dtype']!r}, wrong for precision {precision}")
-    _one_of(fields["logits"], ("last", "all"), "contract.logits")
-    _typed(fields["inputs_embeds"], bool, "contract.inputs_embeds")
-    if _typed(fields["first_k_dense_replace"], int, "contract.first_k_dense_replace") < 0:
+    one_of(fields["logits"], ("last", "all"), "contract.logits")
+    typed(fields["inputs_embeds"], bool, "contract.inputs_embeds")
+    if typed(fields["first_k_dense_replace"], int, "contract.first_k_dense_replace") < 0:
         raise ValueError("contract.first_k_dense_replace is negative")
     for name in names - {"outputs", "compute_dtype", "logits", "inputs_embeds", "first_k_dense_replace"}:
-        _positive(fields[name], f"contract.{name}")
+        positive(fields[name], f"contract.{name}")
     return Contract(**fields | {"outputs": outputs})
 
 
 def _files(value: object) -> dict[str, FileRecord]:
     files = {}
-    for path, item in _typed(value, dict, "files").items():
+    for path, item in typed(value, dict, "files").items():
         if not is_plain_relative(path) or path == MANIFEST_NAME:
             raise ValueError(f"the file name {path!r} is not a plain path inside the bundle")
-        fields = _exact(item, {"size", "sha256"}, f"files.{path}")
-        size, sha256 = _typed(fields["size"], int, f"{path}: size"), _typed(fields["sha256"], str, f"{path}: sha256")
+        fields = exact(item, {"size", "sha256"}, f"files.{path}")
+        size, sha256 = typed(fields["size"], int, f"{path}: size"), typed(fields["sha256"], str, f"{path}: sha256")
         if size < 0 or not _SHA256.fullmatch(sha256):
             raise ValueError(f"size or sha256 of {path} can not be right")
         files[path] = FileRecord(size=size, sha256=sha256)
@@ -182,8 +180,8 @@ def _files(value: object) -> dict[str, FileRecord]:
 
 def _engines(value: object, files: Mapping[str, FileRecord]) -> dict[str, tuple[str, ...]]:
     engines = {}
-    for target, paths in _typed(value, dict, "engines").items():
-        engines[target] = tuple(_typed(paths, list, f"engines.{target}"))
+    for target, paths in typed(value, dict, "engines").items():
+        engines[target] = tuple(typed(paths, list, f"engines.{target}"))
         for path in engines[target]:
             if not isinstance(path, str) or path not in files:
                 raise ValueError(f"the engine file {path!r} of {target} is not listed in files")
@@ -191,36 +189,7 @@ def _engines(value: object, files: Mapping[str, FileRecord]) -> dict[str, tuple[
 
 
 def _token_ids(value: object, vocab_size: int) -> tuple[int, ...]:
-    ids = tuple(_typed(item, int, "eos_token_ids") for item in _typed(value, list, "eos_token_ids"))
+    ids = tuple(typed(item, int, "eos_token_ids") for item in typed(value, list, "eos_token_ids"))
     if not all(0 <= token < vocab_size for token in ids):
         raise ValueError(f"eos_token_ids has an id outside 0..{vocab_size - 1}")
     return ids
-
-
-def _exact(value: object, names: set[str], where: str) -> dict[str, Any]:
-    fields: dict[str, Any] = _typed(value, dict, where)
-    if missing := sorted(names - fields.keys()):
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    if unknown := sorted(fields.keys() - names):
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}")
-    return fields
-
-
-def _typed(value: object, kind: type[T], where: str) -> T:
-    # bool is a subclass of int, but `true` is not a number.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where} is {type(value).__name__}, expected {kind.__name__}")
-    return value
-
-
-def _positive(value: object, where: str) -> int:
-    number = _typed(value, int, where)
-    if number < 1:
-        raise ValueError(f"{where} is {number}, expected 1 or more")
-    return number
-
-
-def _one_of(value: object, choices: tuple[str, ...], where: str) -> str:
-    if value not in choices:
-        raise ValueError(f"{where} is {value!r}, expected one of {', '.join(choices)}")
-    return str(value)

@@ -9,6 +9,7 @@ function body of the same name. `GLM_EXPORT_CPU` forces an instruction set, or l
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from glm_export.plugins.library import Kernels, cpu_kernels, cpu_library, wants_kernels
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.contract import Binding
-from glm_export.runtime.errors import BackendError, IntegrityError, ResourceError, UsageError
+from glm_export.runtime.errors import BackendError, IntegrityError, ResourceError, UsageError, missing_library
 from glm_export.runtime.session import Array, Ints, Session, StepOutput, numpy_dtype
 
 LOG_SEVERITY = 3
@@ -53,10 +54,13 @@ class OnnxRuntimeSession(Session):
         batch: int | None = None,
         capacity: int | None = None,
         threads: int | None = None,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> None:
         """Loads the graph and zero-fills the caches; arguments and errors as `open_session` says."""
         super().__init__(bundle, batch=batch, capacity=capacity)
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise missing_library("The target onnxruntime", "onnxruntime", extra="cpu")
+        device = device or "cpu"
         _check_device(device)
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}: it must be 1 or more.")

@@ -43,6 +43,9 @@ class Session(ABC):
     Subclasses implement `_execute`, `_clear` and `_close`.
     """
 
+    max_step_tokens: int | None = None
+    """Most new tokens per row that one step takes; None if there is no such bound."""
+
     def __init__(self, bundle: Bundle, *, batch: int | None = None, capacity: int | None = None) -> None:
         """Checks the sizes; None means the bundle's default.
 
@@ -97,7 +100,7 @@ class Session(ABC):
             counts: [B] integers, how many of the S tokens each row takes; all of them when None.
 
         Raises:
-            UsageError: wrong shape or dtype, a count outside 0..S, or the session is closed.
+            UsageError: wrong shape or dtype, S above `max_step_tokens`, a count outside 0..S, or the session is closed.
             InputError: a token id outside the vocabulary, or an embedding that is not finite.
             ResourceError: a row would outgrow the capacity; nothing was executed.
             AccuracyError: the engine computed logits that are not finite; nobody should sample from it.
@@ -105,6 +108,11 @@ class Session(ABC):
         if self.closed:
             raise UsageError("The session is closed: open another one.")
         tokens = self._checked_tokens(tokens)
+        if self.max_step_tokens is not None and tokens.shape[1] > self.max_step_tokens:
+            raise UsageError(
+                f"A step of this engine takes at most {self.max_step_tokens} new tokens per row, not "
+                f"{tokens.shape[1]}: feed them in several steps, as `prefill` does."
+            )
         taken = self._checked_counts(counts, tokens.shape[1])
         self._check_capacity(tokens.shape[1], taken)
         after = self._length + taken
@@ -203,5 +211,5 @@ class Session(ABC):
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of a contract's dtype name."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    """The numpy dtype of a name in a contract or an engine, such as float32, bfloat16 or float8_e4m3fn."""
+    return np.dtype(getattr(ml_dtypes, name, name))

@@ -1,10 +1,13 @@
-"""JSON from files that may be anyone's: UTF-8, and no key twice, of which every reader would pick its own."""
+"""JSON from files that may be anyone's: UTF-8, no key twice, and of exactly the shape that the reader expects."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any, NoReturn
+from collections.abc import Collection
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 
 class DuplicateKeyError(ValueError):
@@ -27,6 +30,43 @@ def parse_json(data: bytes, *, constants: bool = False) -> object:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=refuse)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def exact(value: object, names: Collection[str], where: str) -> dict[str, Any]:
+    """The value as an object with exactly these keys.
+
+    Raises:
+        ValueError: it is none, or a key is missing or unknown; `where` names it in the message.
+    """
+    fields: dict[str, Any] = typed(value, dict, where)
+    if missing := sorted(set(names) - fields.keys()):
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    if unknown := sorted(fields.keys() - set(names)):
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}")
+    return fields
+
+
+def typed(value: object, kind: type[T], where: str) -> T:
+    """The value, if it is of that type; otherwise a ValueError."""
+    # bool is a subclass of int, but `true` is not a number.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where} is {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def positive(value: object, where: str) -> int:
+    """The value, if it is a whole number of 1 or more; otherwise a ValueError."""
+    number = typed(value, int, where)
+    if number < 1:
+        raise ValueError(f"{where} is {number}, expected 1 or more")
+    return number
+
+
+def one_of(value: object, choices: Collection[str], where: str) -> str:
+    """The value, if it is one of the choices; otherwise a ValueError."""
+    if value not in choices:
+        raise ValueError(f"{where} is {value!r}, expected one of {', '.join(choices)}")
+    return str(value)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

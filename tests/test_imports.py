@@ -65,6 +65,7 @@ def test_nothing_reads_pickles():
         ("glm_export.runtime.generate", {"torch", "click", "onnx"}),
         ("glm_export.plugins.ops", {"torch", "onnx", "onnxscript", "numpy"}),
         ("glm_export.plugins.bodies", {"torch", "onnxruntime"}),
+        ("glm_export.exporter.tensorrt.builder", {"torch", "tensorrt", "tensorrt_rtx"}),
     ],
 )
 def test_importing_stays_light(module, absent):

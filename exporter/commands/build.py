@@ -12,13 +12,15 @@ import click
 
 from glm_export.exporter.commands.options import (
     COUNT,
+    DEFAULT_TARGET,
     PATH,
     CommaSeparated,
+    capabilities,
     json_option,
     print_json,
     quiet_option,
-    require_engine,
     size,
+    sm_option,
 )
 from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.recipe import PRECISIONS, TARGETS, Recipe, load_recipe, parse_setting
@@ -26,6 +28,8 @@ from glm_export.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from glm_export.exporter.checkpoint import Checkpoint
+    from glm_export.exporter.progress import Reporter
+    from glm_export.runtime.manifest import Manifest
 
 _RECIPE_KEYS = {
     "precision": "precision",
@@ -45,6 +49,7 @@ _RECIPE_KEYS = {
 @click.option("--recipe", "recipe_name", metavar="R", help="A built-in recipe or a .toml file; without, its defaults.")
 @click.option("-p", "--precision", type=click.Choice(PRECISIONS), help="Of weights and activations.")
 @click.option("--target", type=click.Choice(TARGETS), help="What the engine is for.")
+@sm_option
 @click.option("--capacity", type=COUNT, metavar="C", help="Tokens per row of the KV cache.")
 @click.option("--max-batch", type=COUNT, metavar="B", help="Rows of the KV cache.")
 @click.option("--layers", type=COUNT, metavar="N", help="Keep only the first N layers.")
@@ -60,6 +65,7 @@ def build(
     checkpoint: Path | None,
     out: Path,
     recipe_name: str | None,
+    sm: tuple[str, ...] | None,
     layers: int | None,
     settings: tuple[str, ...],
     no_weights: bool,
@@ -71,14 +77,20 @@ def build(
     """Build a bundle from a checkpoint.
 
     CKPT is a directory with config.json and safetensors files, OUT the bundle to make. A build that was stopped goes on
-    where it was when the same command runs again.
+    where it was when the same command runs again. The targets tensorrt and tensorrt-rtx get their engine after that;
+    `glm-export engine` adds one to a bundle that is there.
     """
     started = time.monotonic()
     overrides = dict(map(parse_setting, settings))
     overrides |= {_RECIPE_KEYS[flag]: value for flag, value in flags.items() if value is not None}
     name = checkpoint.resolve().name if checkpoint else "model"
     recipe = load_recipe(recipe_name, overrides) if recipe_name else _default_recipe(name, overrides)
-    require_engine(recipe.target)
+    if sm is not None:
+        chosen = capabilities(sm, recipe.target)
+        recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compute_capabilities=chosen))
+    has_engine = recipe.target != DEFAULT_TARGET
+    if has_engine:
+        _check_engine(recipe, no_weights=no_weights)
     source = _source(checkpoint, recipe, no_weights=no_weights, ignored=ignored)
     if layers is not None:
         source = source.with_layers(layers)
@@ -88,12 +100,16 @@ def build(
     from glm_export.exporter.build import build
     from glm_export.exporter.progress import Reporter
 
-    manifest = build(source, recipe, out, Reporter(quiet=quiet))
+    reporter = Reporter(quiet=quiet)
+    manifest = build(source, recipe, out, reporter)
+    if has_engine:
+        manifest = _build_engine(out, recipe, reporter)
     result: dict[str, Any] = {
         "path": str(out),
         "precision": manifest.precision,
         "bytes": sum(record.size for record in manifest.files.values()),
         "files": len(manifest.files),
+        "engines": list(manifest.engines),
         "seconds": round(time.monotonic() - started, 3),
     }
     if as_json:
@@ -115,6 +131,27 @@ def _default_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
                 raise UsageError(f"--set gives {part} a value, and {key} needs it to be a table: give only one.")
         inner[last] = value
     return Recipe.from_dict(table)
+
+
+def _check_engine(recipe: Recipe, *, no_weights: bool) -> None:
+    """Refuses before anything is built what would be refused after the bundle."""
+    from glm_export.exporter.tensorrt.estimate import check_machine
+
+    if no_weights:
+        raise UsageError(f"--no-weights leaves nothing to build an engine for {recipe.target} from: use one of both.")
+    check_machine(recipe.target, recipe.precision, recipe.engine)
+
+
+def _build_engine(out: Path, recipe: Recipe, reporter: Reporter) -> Manifest:
+    from glm_export.exporter.tensorrt.builder import EngineChoices, build_engine
+    from glm_export.runtime.bundle import Bundle
+
+    bundle = Bundle.open(out)
+    reporter.note(f"{out} is complete; if its engine fails: glm-export engine {out} --target {recipe.target}")
+    choices = EngineChoices(
+        target=recipe.target, batch=bundle.manifest.batch, capacity=bundle.manifest.capacity, engine=recipe.engine
+    )
+    return build_engine(bundle, choices, reporter, hashed=True)
 
 
 def _source(

@@ -9,13 +9,12 @@ from typing import Any
 import click
 
 from glm_export.exporter.recipe import TARGETS
-from glm_export.runtime.errors import BackendError
+from glm_export.runtime.errors import UsageError
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 
 DEFAULT_TARGET = "onnxruntime"
-_BUILT = (DEFAULT_TARGET,)
 
 bundle_argument = click.argument("bundle_path", metavar="BUNDLE", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -44,16 +43,20 @@ class CommaSeparated(click.ParamType[tuple[Any, ...]]):
             self.fail(f"{value!r} is not a list of integers such as 1,2,3.", param, ctx)
 
 
-def require_engine(target: str) -> None:
-    """Refuses a target that recipes can name but this version has no engine for.
+sm_option = click.option(
+    "--sm", type=CommaSeparated(str), metavar="89,120", help="GPUs to build for; only tensorrt-rtx, without one."
+)
+
+
+def capabilities(sm: tuple[str, ...], target: str) -> tuple[str, ...]:
+    """What --sm names, as engine.compute_capabilities spells it: 89 and 8.9 are 8.9.
 
     Raises:
-        BackendError: that is so.
+        UsageError: the target is not built for chosen GPUs.
     """
-    if target not in _BUILT:
-        raise BackendError(
-            f"Engines for {target} are not built by this version of glm-export: use --target {DEFAULT_TARGET}."
-        )
+    if target != "tensorrt-rtx":
+        raise UsageError(f"--sm is for the target tensorrt-rtx, not for {target}: leave it out.")
+    return tuple(f"{item[:-1]}.{item[-1]}" if item.isdecimal() else item for item in sm)
 
 
 def print_json(value: object) -> None:

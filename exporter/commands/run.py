@@ -18,7 +18,6 @@ from glm_export.exporter.commands.options import (
     json_option,
     print_json,
     quiet_option,
-    require_engine,
     target_option,
     threads_option,
 )
@@ -75,7 +74,6 @@ def run(
     every prompt gives one line, texts before ids, with prompt_ids, token_ids (without the stop token), finish_reason
     (stop or length) and, where the bundle has a tokenizer, text.
     """
-    require_engine(target)
     texts = (*texts, *_lines(prompts_file), *_standard_input(stdin))
     if not texts and not ids:
         raise UsageError("There is no prompt: give --prompt, --ids, --prompts-file or -.")
@@ -87,7 +85,7 @@ def run(
     from glm_export.exporter.progress import Reporter
     from glm_export.runtime.bundle import Bundle
     from glm_export.runtime.generate import generate
-    from glm_export.runtime.open import open_session
+    from glm_export.runtime.open import default_batch, open_session
     from glm_export.runtime.text import Text
 
     reporter = Reporter(quiet=quiet)
@@ -98,7 +96,7 @@ def run(
     logits: list[list[np.ndarray[Any, Any]]] = [[] for _ in prompts]
 
     with reporter.stage("opening the bundle"):
-        rows = batch or min(bundle.manifest.batch, len(prompts))
+        rows = batch or min(default_batch(bundle, target), len(prompts))
         session = open_session(bundle, target=target, batch=rows, capacity=capacity, threads=threads)
     with session:
         room = session.capacity - max(map(len, prompts))

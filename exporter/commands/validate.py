@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,11 +15,17 @@ from glm_export.exporter.commands.options import (
     json_option,
     print_json,
     quiet_option,
-    require_engine,
     target_option,
     threads_option,
 )
-from glm_export.runtime.errors import AccuracyError
+from glm_export.exporter.recipe import TARGETS
+from glm_export.runtime.errors import AccuracyError, UsageError, missing_library
+
+if TYPE_CHECKING:
+    from glm_export.exporter.against import AgainstReport
+    from glm_export.exporter.validate import Report
+
+AGAINST = (*TARGETS, "portable")
 
 
 @click.command()
@@ -31,6 +39,10 @@ from glm_export.runtime.errors import AccuracyError
 @click.option("--steps", type=COUNT, metavar="N", help="Cached steps after the prompts.")
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of the prompts.")
 @target_option
+@click.option(
+    "--against", type=click.Choice(AGAINST), help="Compare with this engine; portable is onnxruntime without kernels."
+)
+@click.option("--save-outputs", type=PATH, metavar="FILE.json", help="With --against: both logits, for polygraphy.")
 @threads_option
 @quiet_option
 @json_option
@@ -43,16 +55,37 @@ def validate(
     steps: int | None,
     seed: int | None,
     target: str,
+    against: str | None,
+    save_outputs: Path | None,
     threads: int | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Compare an engine with the reference.
+    """Compare an engine with the reference, or with another engine.
 
     Prints how far the engine of BUNDLE is from the PyTorch reference and writes the same to reports/validation.json.
-    The exit code is 4 if that is further than the tolerances.
+    With --against, two engines are given the same tokens, and reports/TARGET-against-OTHER.json says how far they are
+    apart and which of them is off. The exit code is 4 if the distance is larger than the tolerance.
     """
-    require_engine(target)
+    if against:
+        if checkpoint:
+            raise UsageError("--checkpoint is for the drift, which --against does not look at: leave one of them out.")
+        _against(
+            bundle_path,
+            as_json=as_json,
+            target=target,
+            against=against,
+            prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            steps=steps,
+            seed=seed,
+            threads=threads,
+            save_outputs=save_outputs,
+            quiet=quiet,
+        )
+        return
+    if save_outputs:
+        raise UsageError("--save-outputs is for --against: name the other engine, or leave it out.")
 
     from glm_export.exporter.progress import Reporter
     from glm_export.exporter.validate import validate
@@ -70,9 +103,31 @@ def validate(
         threads=threads,
         reporter=Reporter(quiet=quiet),
     )
+    _show(report, as_json=as_json)
+    if not report.passed:
+        raise AccuracyError(f"{bundle_path} is further from the reference than its tolerances: see the report.")
+
+
+def _against(bundle_path: Path, *, as_json: bool, quiet: bool, target: str, against: str, **choices: Any) -> None:
+    if importlib.util.find_spec("polygraphy") is None:
+        raise missing_library("--against", "polygraphy", extra="polygraphy")
+
+    from glm_export.exporter.against import validate_against
+    from glm_export.exporter.progress import Reporter
+    from glm_export.runtime.bundle import Bundle
+
+    report = validate_against(
+        Bundle.open(bundle_path), target=target, against=against, reporter=Reporter(quiet=quiet), **choices
+    )
+    _show(report, as_json=as_json)
+    if not report.passed:
+        raise AccuracyError(
+            f"The engines {target} and {against} of {bundle_path} are further apart than the tolerance: see the report."
+        )
+
+
+def _show(report: Report | AgainstReport, *, as_json: bool) -> None:
     if as_json:
         print_json(report.to_dict())
     else:
         click.echo("\n".join(report.lines()))
-    if not report.passed:
-        raise AccuracyError(f"{bundle_path} is further from the reference than its tolerances: see the report.")

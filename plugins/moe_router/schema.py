@@ -12,7 +12,7 @@ MOE_ROUTER = OpSchema(
         Tensor(name="expert_weights", shape="T,K", dtypes=FLOAT32, meaning="their weights"),
     ),
     attributes=(
-        Attribute(name="top_k", type=int, meaning="experts per token, K"),
+        Attribute(name="top_k", type=int, meaning="experts per token", letter="K"),
         Attribute(name="n_group", type=int, meaning="expert groups, G"),
         Attribute(name="topk_group", type=int, meaning="groups a token may use"),
         Attribute(name="norm_topk_prob", type=int, meaning="1: weights are divided by their sum + 1e-20"),

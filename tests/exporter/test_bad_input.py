@@ -198,8 +198,24 @@ BUILD_ARGUMENTS: Mapping[str, tuple[int, tuple[object, ...], str]] = {
     "precision that does not exist": (2, ("--precision", "fp9"), "'fp9' is not one of"),
     "precision set to nonsense": (2, ("--set", "precision=fp9"), "precision is 'fp9' (did you mean 'fp8'?)"),
     "target that does not exist": (2, ("--target", "openvino"), "'openvino' is not one of"),
-    "target without an engine yet": (6, ("--target", "tensorrt"), "not built by this version"),
-    "the same by --set": (6, ("--set", "target=tensorrt-rtx"), "not built by this version"),
+    "engine of which nothing is left": (2, ("--target", "tensorrt-rtx", "--no-weights"), "leaves nothing to build"),
+    "engine of attentions": (2, ("--target", "tensorrt-rtx", "--outputs", "attentions"), "does not compute"),
+    "engine in fp32": (6, ("--target", "tensorrt-rtx", "-p", "fp32"), "has no float32 experts"),
+    "FP8 on a GPU without it": (6, ("--target", "tensorrt-rtx", "--sm", "89,86"), "8.6 is asked, FP8 needs 8.9"),
+    "GPU too old for the kernels": (6, ("--target", "tensorrt-rtx", "-p", "fp16", "--sm", "75"), "need 8.0"),
+    "GPU that does not exist": (2, ("--target", "tensorrt-rtx", "--sm", "88"), "'8.8' (did you mean '8.9'?)"),
+    "GPU that is no number": (2, ("--target", "tensorrt-rtx", "--sm", "ada"), "has 'ada'"),
+    "GPU twice": (2, ("--target", "tensorrt-rtx", "--sm", "89,8.9"), "each once"),
+    "no GPU at all": (2, ("--target", "tensorrt-rtx", "--sm", ""), "name one or more"),
+    "GPU for a target without a choice": (2, ("--sm", "89"), "--sm is for the target tensorrt-rtx"),
+    "TensorRT's experts in fp8": (2, ("--target", "tensorrt-rtx", "--set", "engine.experts=trt_moe"), "not in fp8"),
+    "TensorRT's experts without its GPU": (
+        6,
+        ("--target", "tensorrt-rtx", "-p", "bf16", "--set", "engine.experts=trt_moe"),
+        "needs the target tensorrt and compute capability 10.0",
+    ),
+    "prefill 0": (2, ("--set", "engine.prefill=0"), "engine.prefill is 0"),
+    "cache dtype that does not exist": (2, ("--set", "engine.cache_dtype=fp4"), "did you mean 'fp8'?"),
     "capacity 0": (2, ("--capacity", 0), "0 is not in the range x>=1"),
     "capacity that is no number": (2, ("--capacity", "4k"), "'4k' is not a valid integer"),
     "batch 0": (2, ("--max-batch", 0), "0 is not in the range x>=1"),
@@ -316,7 +332,7 @@ RUNS: Mapping[str, tuple[int, tuple[object, ...], str]] = {
     "batch beyond reason": (2, ("--ids", "1", "--batch", 10**6), "it must be 1..65536"),
     "no threads": (2, ("--ids", "1", "--threads", 0), "0 is not in the range x>=1"),
     "target that does not exist": (2, ("--ids", "1", "--target", "tpu"), "'tpu' is not one of"),
-    "target without an engine": (6, ("--ids", "1", "--target", "tensorrt"), "not built by this version"),
+    "target without an engine": (3, ("--ids", "1", "--target", "tensorrt"), "has no engine for tensorrt: add one"),
     "file of prompts that is missing": (3, ("--prompts-file", "no-such-file"), "no-such-file: No such file"),
     "second argument": (2, ("prompt",), "'prompt' is not '-'"),
     "text that is not UTF-8": (3, ("--prompt", b"\xff".decode("utf-8", "surrogateescape")), "is not UTF-8"),
@@ -472,4 +488,4 @@ def test_validate_with_another_checkpoint(tmp_path: Path) -> None:
     config(num_experts_per_tok=2)(copied(checkpoint(), tmp_path / "checkpoint"))
     assert refused(3, "validate", bundle("fp32"), "--checkpoint", tmp_path / "checkpoint")
     assert "no longer at" in refused(3, "validate", bundle("fp32"), "--checkpoint", tmp_path / "nowhere")
-    assert "not built by this version" in refused(6, "validate", bundle("fp32"), "--target", "tensorrt")
+    assert "has no engine for tensorrt" in refused(3, "validate", bundle("fp32"), "--target", "tensorrt")

@@ -16,7 +16,7 @@ from glm_export.exporter import build as build_module
 from glm_export.exporter.cli import cli
 from glm_export.runtime.bundle import Bundle
 
-COMMANDS = ("make-checkpoint", "build", "run", "validate", "inspect", "verify")
+COMMANDS = ("make-checkpoint", "build", "engine", "run", "validate", "inspect", "verify")
 PROGRAM = (sys.executable, "-m", "glm_export.exporter.cli")
 
 
@@ -82,7 +82,7 @@ def test_build_prints_one_json_object(tmp_path: Path) -> None:
     called = call("build", checkpoint(), "-o", out, *options, *more, "--json")
     assert called.code == 0, called
     result = json.loads(called.out)
-    assert list(result) == ["path", "precision", "bytes", "files", "seconds"]
+    assert list(result) == ["path", "precision", "bytes", "files", "engines", "seconds"]
     assert result["path"] == str(out)
     assert result["precision"] == "bf16"
     opened = Bundle.open(out, check="full")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx.reference import ReferenceEvaluator
+from onnx_evaluator import OnnxEvaluator
 
 from glm_export.exporter.validate import tolerances
 from glm_export.exporter.weights import reference_of_bundle
@@ -25,23 +24,8 @@ def onnxruntime_form(request, monkeypatch):
     monkeypatch.setenv(CPU_VARIABLE, request.param)
 
 
-class OnnxEvaluator:
-    """Steps a bundle's graph in the ONNX reference evaluator, keeping the caches."""
-
-    def __init__(self, bundle, batch):
-        self.run = ReferenceEvaluator(onnx.load(bundle.model_path)).run
-        self.contract = bundle.manifest.contract
-        dims = {"B": batch, "C": CAPACITY}
-        dtype = getattr(ml_dtypes, self.contract.compute_dtype, None) or np.dtype(self.contract.compute_dtype)
-        self.caches = {c.name: np.zeros([dims.get(d, d) for d in c.shape], dtype) for c in self.contract.caches()}
-        self.length = np.zeros(batch, np.int64)
-
-    def step(self, tokens, counts):
-        inputs = {"input_ids": np.array(tokens), "write_index": self.length, "length": self.length + counts}
-        logits, *caches = self.run(None, inputs | self.caches)
-        self.length = self.length + counts
-        self.caches = dict(zip(self.caches, caches, strict=True))
-        return logits
+def onnx_evaluator(bundle, batch):
+    return OnnxEvaluator(onnx.load(bundle.model_path), bundle.manifest.contract, batch=batch, capacity=CAPACITY)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
@@ -51,7 +35,7 @@ def test_evaluators_agree_on_ragged_prefill_and_decode(bundle_of, precision):
     padded = np.array([p + [0] * (5 - len(p)) for p in prompts])
     counts = np.array([len(p) for p in prompts])
 
-    evaluator = OnnxEvaluator(bundle, batch=3)
+    evaluator = onnx_evaluator(bundle, batch=3)
     model = reference_of_bundle(bundle)
     caches = model.empty_caches(3, CAPACITY)
     results = {"onnx": [evaluator.step(padded, counts)], "onnxruntime": [], "torch": []}
@@ -113,7 +97,7 @@ def test_greedy_tokens_of_the_onnx_evaluator(bundle_of):
     bundle = bundle_of("fp32")
     with open_session(bundle, batch=1, capacity=CAPACITY) as session:
         engine = generate(session, [[5, 17, 300]], max_new_tokens=8, stop_ids=())[0]
-    evaluator = OnnxEvaluator(bundle, batch=1)
+    evaluator = onnx_evaluator(bundle, batch=1)
     logits, tokens = evaluator.step([[5, 17, 300]], np.array([3])), []
     for _ in range(8):
         tokens.append(int(logits[0].argmax()))

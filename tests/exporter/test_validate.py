@@ -185,6 +185,13 @@ def test_tolerances_grow_with_depth_and_with_roundoff():
     assert bounds == sorted(bounds)
 
 
+def test_tensorrt_rounds_at_more_places():
+    assert tolerances("fp32", 46, "tensorrt") == tolerances("fp32", 46)
+    for precision in ("bf16", "fp16", "fp8"):
+        more, fewer = tolerances(precision, 46, "tensorrt")[0].bound, tolerances(precision, 46)[0].bound
+        assert fewer < more < (15 / 2) ** 0.5 * fewer
+
+
 def test_all_logits_and_embeddings_as_input_validate_too(tiny_checkpoint, tmp_path):
     recipe = load_recipe(
         "tiny", {"precision": "fp32", "export.logits": "all", "export.inputs_embeds": True, "validate.steps": 4}

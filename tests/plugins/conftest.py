@@ -9,10 +9,10 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import closeness
-import ml_dtypes
+import cuda_tools
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -20,28 +20,24 @@ import pytest
 import torch
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
+from onnx_evaluator import NUMPY_DTYPES, TENSORRT_OPS, to_numpy, to_torch
 from torch import Tensor
 
 import glm_export.plugins.torch_ops  # noqa: F401 (defines torch.ops.glm)
+from glm_export.exporter.tensorrt.lower import lower
 from glm_export.plugins.bodies import OPSET, portable_functions
+from glm_export.plugins.fp8_cache_write.reference import fp8_cache_write
 from glm_export.plugins.library import CPU_VARIABLE, Kernels, cpu_kernels, cpu_library
 from glm_export.plugins.ops import OPS
 from glm_export.plugins.schema import DOMAIN, VERSION
 from glm_export.plugins.schema import Tensor as TensorSchema
 
-NUMPY_DTYPES = {
-    torch.float32: np.dtype(np.float32),
-    torch.float16: np.dtype(np.float16),
-    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
-    torch.float8_e4m3fn: np.dtype(ml_dtypes.float8_e4m3fn),
-    torch.int32: np.dtype(np.int32),
-    torch.int64: np.dtype(np.int64),
-}
 ONNX_DTYPES = {dtype: helper.np_dtype_to_tensor_dtype(numpy) for dtype, numpy in NUMPY_DTYPES.items()}
 TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in ONNX_DTYPES.items()}
 
 
 ISAS = ("scalar", "avx2")
+FORMS = ("reference", "onnxruntime", "onnx_reference", "tensorrt", *(f"kernel_{isa}" for isa in ISAS))
 
 
 class ExpectClose(Protocol):
@@ -49,6 +45,9 @@ class ExpectClose(Protocol):
 
 
 class Evaluate(Protocol):
+    form: str
+    """In which form the op runs: one of FORMS."""
+
     def __call__(self, name: str, *inputs: Tensor | None, outputs: int = ..., **attributes: float) -> list[Tensor]: ...
 
 
@@ -67,15 +66,28 @@ def expect_close() -> ExpectClose:
     return closeness.expect_close
 
 
-@pytest.fixture(params=["reference", "onnxruntime", "onnx_reference", *(f"kernel_{isa}" for isa in ISAS)])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What `evaluate` runs on: FORMS and what the module names beyond them, unless the test says it itself."""
+    chosen = any("evaluate" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "evaluate" in metafunc.fixturenames and not chosen:
+        metafunc.parametrize("evaluate", [*FORMS, *getattr(metafunc.module, "MORE_EVALUATORS", ())], indirect=True)
+
+
+@pytest.fixture
 def evaluate(request: pytest.FixtureRequest) -> Evaluate:
     """An op on real tensors.
 
-    It runs as the torch op, as a one-node model with its portable body in one of two ONNX evaluators, or as its CPU
-    kernel for one instruction set.
+    It runs as the torch op, as a one-node model with its portable body in one of two ONNX evaluators or with its
+    TensorRT body in one of them, as its CPU kernel for one instruction set, or as its CUDA kernel (MORE_EVALUATORS).
     """
-    runs = {"reference": _torch_op, "onnxruntime": _onnxruntime, "onnx_reference": _onnx_reference}
+    runs = {
+        "reference": _torch_op,
+        "onnxruntime": _onnxruntime,
+        "onnx_reference": _onnx_reference,
+        "tensorrt": _tensorrt,
+    }
     runs |= {f"kernel_{isa}": functools.partial(_kernel, isa) for isa in ISAS}
+    runs |= {name: functools.partial(cuda_tools.run, name) for name in cuda_tools.EVALUATORS}
     run: Callable[..., list[Tensor]] = runs[request.param]
 
     def evaluate(name: str, *inputs: Tensor | None, outputs: int = 0, **attributes: float) -> list[Tensor]:
@@ -87,11 +99,13 @@ def evaluate(request: pytest.FixtureRequest) -> Evaluate:
             assert str(tensor.dtype).removeprefix("torch.") in schema.dtypes, (name, schema.name, tensor.dtype)
         return found
 
-    return evaluate
+    evaluate.form = request.param  # type: ignore[attr-defined]
+    return cast(Evaluate, evaluate)
 
 
 def _torch_op(name: str, inputs: tuple[Tensor | None, ...], outputs: int, attributes: dict[str, float]) -> list[Tensor]:
-    op: Callable[..., Any] = getattr(torch.ops.glm, OPS[name].torch_name)
+    torch_name = OPS[name].torch_name
+    op: Callable[..., Any] = getattr(torch.ops.glm, torch_name) if torch_name else fp8_cache_write
     before = [None if x is None else x.clone() for x in inputs]
     found = op(*inputs, *(attributes[a.name] for a in OPS[name].attributes))
     for old, new in zip(before, inputs, strict=True):
@@ -124,7 +138,7 @@ def run_in_onnxruntime(session: Any, name: str, inputs: tuple[Tensor | None, ...
     for schema, x in zip(OPS[name].inputs, inputs, strict=True):
         if x is not None:
             # numpy has no bfloat16 nor FP8 of its own: ONNX Runtime is given the bytes and the type.
-            values = _to_numpy(x)
+            values = to_numpy(x)
             bits = values.view(f"u{values.itemsize}") if values.dtype.kind not in "fi" else values
             feeds[schema.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_DTYPES[x.dtype])
     names = [output.name for output in session.get_outputs()]
@@ -134,14 +148,20 @@ def run_in_onnxruntime(session: Any, name: str, inputs: tuple[Tensor | None, ...
 def _onnx_reference(
     name: str, inputs: tuple[Tensor | None, ...], outputs: int, attributes: dict[str, float]
 ) -> list[Tensor]:
-    evaluator = _onnx_evaluator(name, _types(inputs), outputs, tuple(attributes.items()))
-    feeds = {s.name: _to_numpy(x) for s, x in zip(OPS[name].inputs, inputs, strict=True) if x is not None}
+    return _run_onnx_reference(_onnx_evaluator(name, _types(inputs), outputs, tuple(attributes.items())), name, inputs)
+
+
+def _tensorrt(name: str, inputs: tuple[Tensor | None, ...], outputs: int, attributes: dict[str, float]) -> list[Tensor]:
+    if OPS[name].outputs[outputs - 1].optional:
+        pytest.skip("TensorRT gives no attention probabilities")
+    evaluator = _tensorrt_evaluator(name, _types(inputs), outputs, tuple(attributes.items()))
+    return _run_onnx_reference(evaluator, name, inputs)
+
+
+def _run_onnx_reference(evaluator: Any, name: str, inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
+    feeds = {s.name: to_numpy(x) for s, x in zip(OPS[name].inputs, inputs, strict=True) if x is not None}
     with np.errstate(all="ignore"):  # sigmoid of a large number overflows on its way to 0
-        found = evaluator.run(None, feeds)
-    dtypes = {numpy: dtype for dtype, numpy in NUMPY_DTYPES.items()}
-    return [
-        torch.from_numpy(np.ascontiguousarray(x).view(np.uint8)).view(dtypes[x.dtype]).reshape(x.shape) for x in found
-    ]
+        return [to_torch(x) for x in evaluator.run(None, feeds)]
 
 
 Types = tuple[tuple[torch.dtype, int] | None, ...]
@@ -210,6 +230,15 @@ def _onnx_evaluator(name: str, types: Types, outputs: int, attributes: tuple[tup
     return ReferenceEvaluator(one_node_model(name, types, outputs, attributes))
 
 
+@functools.cache
+def _tensorrt_evaluator(name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]) -> Any:
+    assert types[0] is not None
+    compute_dtype = str(types[0][0]).removeprefix("torch.")
+    model = one_node_model(name, types, outputs, attributes)
+    lowered = lower(model, compute_dtype=compute_dtype, capacity=1, experts="decomposed")  # nobody looks at C here
+    return ReferenceEvaluator(lowered, new_ops=TENSORRT_OPS)
+
+
 @pytest.fixture(scope="session")
 def one_node() -> Callable[..., bytes]:
     """An op's one-node model in float32 (or whatever an input has to be), for those who will not run it."""
@@ -228,7 +257,7 @@ def one_node_model(name: str, types: Types, outputs: int, attributes: tuple[tupl
     """One node of the op with its portable body; all sizes are free."""
     op = OPS[name]
     present = [(schema.name, t) for schema, t in zip(op.inputs, types, strict=True) if t is not None]
-    first = present[0][1][0]
+    compute = next(dtype for _, (dtype, _) in present if dtype.itemsize > 1)  # an FP8 cache may come first
     node = helper.make_node(
         name,
         [schema.name if t is not None else "" for schema, t in zip(op.inputs, types, strict=True)],
@@ -242,7 +271,7 @@ def one_node_model(name: str, types: Types, outputs: int, attributes: tuple[tupl
         [helper.make_tensor_value_info(n, ONNX_DTYPES[dtype], [None] * rank) for n, (dtype, rank) in present],
         [_output(schema, present[0][1]) for schema in op.outputs[:outputs]],
     )
-    functions = portable_functions(compute_dtype=str(first).removeprefix("torch."), attentions=outputs == 4)
+    functions = portable_functions(compute_dtype=str(compute).removeprefix("torch."), attentions=outputs == 4)
     model = helper.make_model(
         graph,
         functions=[f for f in functions if f.name in (name, "FakeQuantizeRows")],
@@ -258,12 +287,6 @@ def _output(schema: TensorSchema, first: tuple[torch.dtype, int]) -> onnx.ValueI
     dtype = first[0] if len(schema.dtypes) > 1 else getattr(torch, schema.dtypes[0])
     rank = first[1] if "..." in schema.shape else len(schema.shape.split(","))
     return helper.make_tensor_value_info(schema.name, ONNX_DTYPES[dtype], [None] * rank)
-
-
-def _to_numpy(x: Tensor) -> np.ndarray[Any, Any]:
-    shape = tuple(x.shape)
-    flat: np.ndarray[Any, Any] = x.contiguous().flatten().view(torch.uint8).numpy()
-    return flat.view(NUMPY_DTYPES[x.dtype]).reshape(shape)
 
 
 def _to_torch(value: Any) -> Tensor:

@@ -42,7 +42,9 @@ class Step:
             *(self.write_index, self.length),
         )
 
-    def run(self, evaluate: Evaluate, outputs: int = 4) -> list[Tensor]:
+    def run(self, evaluate: Evaluate, outputs: int = 0) -> list[Tensor]:
+        """With as many outputs as the form has, if it is not said."""
+        outputs = outputs or (3 if evaluate.form == "tensorrt" else 4)
         return evaluate(
             "CachedAttention", *self.inputs(), outputs=outputs, rotary_dim=self.rotary_dim, scale=self.scale
         )
@@ -93,8 +95,11 @@ def make(
     )
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """RoPE in float64 by transformers, rounded to dtype, and the error float32 may make: 0 where no tie is near."""
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, *, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """RoPE in float64 by transformers, times factor, rounded to dtype.
+
+    Beside it the error that float32 may make: 0 where no tie is near.
+    """
     table = [torch.cat((t, t), dim=-1).double() for t in (cos, sin)]
     value, _ = apply_rotary_pos_emb(x.double(), x.double(), *table, unsqueeze_dim=2)
     # Two products and a sum, of terms not larger than the vector they come from.
@@ -102,16 +107,23 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Te
     size = torch.zeros_like(value)
     pair = x.double()[..., :half].abs() + x.double()[..., half : 2 * half].abs()
     size[..., : 2 * half] = torch.cat((pair, pair), dim=-1)
-    low, middle, high = ((value + sign * 3 * U32 * size).to(dtype).double() for sign in (-1, 0, 1))
+    error = 3 * U32 * size
+    if factor != 1.0:
+        value, error = value * factor, (error + 2 * U32 * value.abs()) * factor  # factor and product in float32
+    low, middle, high = ((value + sign * error).to(dtype).double() for sign in (-1, 0, 1))
     return middle, torch.maximum(high - middle, middle - low)
 
 
-def check(got: list[Tensor], step: Step, expect_close: ExpectClose) -> None:
-    """Every output against transformers' attention functions in float64, a row and a token at a time."""
+def check(got: list[Tensor], step: Step, expect_close: ExpectClose, *, form: str) -> None:
+    """Every output against transformers' attention functions in float64, a row and a token at a time.
+
+    TensorRT's form multiplies the queries by the scale, before they are rounded, and not the scores.
+    """
     out, k_cache_out, v_cache_out = got[:3]
     dtype, (B, S, H, A), C = step.q.dtype, step.q.shape, step.k_cache.shape[2]
     groups = H // step.k.shape[2]
-    q, q_error = rotated(step.q, step.cos, step.sin, dtype)
+    q_scale, scale = (step.scale, 1.0) if form == "tensorrt" else (1.0, step.scale)
+    q, q_error = rotated(step.q, step.cos, step.sin, dtype, factor=q_scale)
     k, k_error = rotated(step.k, step.cos, step.sin, dtype)
     for b in range(B):
         start, new = int(step.write_index[b]), int(step.length[b] - step.write_index[b])
@@ -131,13 +143,13 @@ def check(got: list[Tensor], step: Step, expect_close: ExpectClose) -> None:
                 keys[None, :, :seen],
                 values[None, :, :seen],
                 None,
-                step.scale,
+                scale,
             )
             size, error = (x.repeat_interleave(groups, 0) for x in (keys.abs(), keys_error))
             query, query_error = q[b, s][:, None], q_error[b, s][:, None]
             # Scores: errors of q and k, A products and sums, the scale (as its root on both sides: 4).
             score_error = query_error @ size[:, :seen].mT + (query.abs() + query_error) @ error[:, :seen].mT
-            score_error = step.scale * (score_error + (A + 4) * U32 * (query.abs() @ size[:, :seen].mT))
+            score_error = scale * (score_error + (A + 4) * U32 * (query.abs() @ size[:, :seen].mT))
             # exp doubles the worst score's error (its own and that of the maximum); exp 2, sum, quotient; transformers'
             # softmax is float32 even here: as much again.
             relative = 2 * score_error.amax(-1, keepdim=True) + 2 * (seen + 4) * U32
@@ -186,7 +198,7 @@ def test_transformers(
     step = make(**REGIMES[regime], dtype=dtype)  # type: ignore[arg-type]
     got = step.run(evaluate, outputs)
     assert [t.dtype for t in got] == [dtype] * 3 + [torch.float32] * (outputs - 3)
-    check(got, step, expect_close)
+    check(got, step, expect_close, form=evaluate.form)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -196,7 +208,7 @@ def test_ends_of_the_largest_context(evaluate: Evaluate, expect_close: ExpectClo
     step.k_cache[:, :, :131000] = -8 * torch.sign(step.q[:, :1, :1].mean(2, keepdim=True)).transpose(1, 2)
     got = step.run(evaluate)
     assert torch.equal(got[1][:, :, 4:131068], step.k_cache[:, :, 4:131068])
-    check(got, step, expect_close)
+    check(got, step, expect_close, form=evaluate.form)
 
 
 def test_prefill_is_token_by_token(evaluate: Evaluate, expect_close: ExpectClose) -> None:
@@ -211,13 +223,15 @@ def test_prefill_is_token_by_token(evaluate: Evaluate, expect_close: ExpectClose
             write_index=whole.write_index + s,
             length=whole.write_index + s + 1,
         )
-        out, *caches, attentions = step.run(evaluate)
+        out, *caches = step.run(evaluate)
+        attentions = caches[2:]
         # The same sums over at most 16 positions and 8 elements, maybe in another order: 2 * (16 + 8 + 8) roundings of
         # numbers of which none is above 4.
         tolerance = 64 * U32 * 4
         expect_close(out[:, 0], prefill[0][:, s], tolerance, f"token {s}: out")
-        expect_close(attentions[:, :, 0], prefill[3][:, :, s], tolerance, f"token {s}: attentions")
-    for got, want in zip(caches, prefill[1:3], strict=True):
+        for got, want in zip(attentions, prefill[3:], strict=True):
+            expect_close(got[:, :, 0], want[:, :, s], tolerance, f"token {s}: attentions")
+    for got, want in zip(caches[:2], prefill[1:3], strict=True):
         expect_close(got, want, 2 * U32 * 4, "caches")
 
 

@@ -1,96 +1,17 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import ml_dtypes
-import numpy as np
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from experts_bound import choose, exact, random
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
 if TYPE_CHECKING:
     from conftest import Evaluate, ExpectClose
 
-U32 = 2.0**-24
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-
-
-@dataclass(frozen=True, slots=True)
-class Bounded:
-    """Numbers in float64 and how far a float32 computation of them may be off."""
-
-    value: Tensor
-    error: Tensor
-
-    def product(self, weight: Tensor, extra: int = 0) -> Bounded:
-        """self @ weight^T, summed in any order; `extra` roundings of the factors."""
-        roundings = (self.value.shape[-1] + extra) * U32
-        size = weight.abs().T
-        return Bounded(self.value @ weight.T, self.error @ size + roundings * (self.value.abs() @ size))
-
-    def silu_times(self, up: Bounded) -> Bounded:
-        silu = self.value * self.value.sigmoid()
-        # The slope of SiLU is below 1.1; a sigmoid is good to 4 units in the last place of 1.
-        error = 1.1 * self.error + 4 * U32 * self.value.abs()
-        value = silu * up.value
-        return Bounded(value, error * up.value.abs() + silu.abs() * up.error + error * up.error + 2 * U32 * value.abs())
-
-    def rounded(self, dtype: torch.dtype) -> Bounded:
-        """Rounding is monotone: where the interval holds no tie, nothing is off after it."""
-        low, middle, high = (
-            x.to(dtype).double() for x in (self.value - self.error, self.value, self.value + self.error)
-        )
-        return Bounded(middle, torch.maximum(high - middle, middle - low))
-
-    def e4m3_rows(self) -> Bounded:
-        amax, amax_error = self.value.abs().amax(-1, keepdim=True), self.error.amax(-1, keepdim=True)
-        scale = amax.float() / 448
-        scale = torch.where(scale > 0, scale, 1.0).double()
-        relative = amax_error / amax.clamp(min=1e-30) + (2 * U32 if amax_error.any() else 0)
-        scaled = self.value / scale
-        error = self.error / scale + scaled.abs() * relative
-        low, middle, high = (e4m3(x) for x in (scaled - error, scaled, scaled + error))
-        error = torch.maximum(high - middle, middle - low) + middle.abs() * (relative + U32)
-        return Bounded(middle * scale, error * scale)
-
-
-def e4m3(x: Tensor) -> Tensor:
-    values = np.clip(x.numpy().astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
-    return torch.from_numpy(values.astype(np.float64))
-
-
-def exact(hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *, fp8: bool) -> Bounded:
-    """A loop over tokens and choices. gate_up and down in float64, dequantized when FP8."""
-    x = Bounded(hidden.double(), torch.zeros(hidden.shape, dtype=torch.float64))
-    if fp8:
-        x = x.e4m3_rows()
-    want, error = torch.zeros_like(x.value), torch.zeros_like(x.value)
-    for t in range(len(hidden)):
-        token = Bounded(x.value[t : t + 1], x.error[t : t + 1])
-        for e, weight in zip(ids[t].tolist(), weights[t].double(), strict=True):
-            both = token.product(gate_up[e], extra=fp8)
-            half = both.value.shape[-1] // 2
-            gate, up = (Bounded(both.value[:, s], both.error[:, s]) for s in (slice(half), slice(half, None)))
-            h = gate.silu_times(up).rounded(hidden.dtype)
-            y = (h.e4m3_rows() if fp8 else h).product(down[e], extra=fp8)
-            want[t] += weight * y.value[0]
-            error[t] += weight.abs() * (y.error[0] + (ids.shape[1] + 1) * U32 * y.value[0].abs())
-    info = torch.finfo(hidden.dtype)
-    return Bounded(want, error + torch.maximum(want.abs() + error, torch.tensor(info.smallest_normal)) * info.eps / 2)
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def choose(tokens: int, experts: int, k: int, *, among: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens + experts)
-    pool = torch.tensor(among or range(experts))
-    ids = torch.stack([pool[torch.randperm(len(pool), generator=generator)[:k]] for _ in range(tokens)])
-    return ids.int(), torch.rand(tokens, k, generator=generator) * 2.5
 
 
 REGIMES = {

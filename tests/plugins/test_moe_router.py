@@ -4,6 +4,7 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import cuda_tools
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
 if TYPE_CHECKING:
     from conftest import Evaluate
+
+MORE_EVALUATORS = cuda_tools.EVALUATORS
 
 U32 = 2.0**-24
 SIGMOID = 4 * U32
@@ -127,7 +130,7 @@ def test_transformers(E: int, a: Attributes, bias: str) -> None:
 
 # The ONNX reference evaluator's GatherElements takes at most 63 experts.
 many_experts = pytest.mark.parametrize(
-    "evaluate", ["reference", "onnxruntime", "kernel_scalar", "kernel_avx2"], indirect=True
+    "evaluate", ["reference", "onnxruntime", "kernel_scalar", "kernel_avx2", *MORE_EVALUATORS], indirect=True
 )
 biases = pytest.mark.parametrize("bias", BIASES)
 one_or_more = pytest.mark.parametrize("tokens", [1, 50], ids=["one_token", "tokens"])
@@ -166,10 +169,46 @@ def test_brute_force_many_experts(evaluate: Evaluate, E: int, a: Attributes, bia
     check(evaluate("MoERouter", logits, correction, **asdict(a)), logits, correction, a)
 
 
+@pytest.mark.parametrize("evaluate", ["reference", *MORE_EVALUATORS], indirect=True)
+@pytest.mark.parametrize(
+    ("E", "a"),
+    [
+        (64, Attributes(top_k=32)),
+        (100, Attributes(top_k=7, n_group=25, topk_group=5)),
+        (256, Attributes(top_k=8, n_group=8, topk_group=4, routed_scaling_factor=2.5)),
+        (416, Attributes(top_k=10, n_group=32, topk_group=31)),
+        (512, Attributes(top_k=10, norm_topk_prob=0)),
+    ],
+    ids=case_name,
+)
+def test_other_models(evaluate: Evaluate, E: int, a: Attributes) -> None:
+    logits, correction = random(20, E, seed=7) * 2, biased(E, "mixed")
+    check(evaluate("MoERouter", logits, correction, **asdict(a)), logits, correction, a)
+
+
+@pytest.mark.parametrize("evaluate", ["reference", "kernel_scalar", "kernel_avx2", *MORE_EVALUATORS], indirect=True)
+def test_fewer_experts_than_wanted_in_the_groups(evaluate: Evaluate) -> None:
+    # Masked experts are all the same, so the lowest ids come next.
+    a = Attributes(top_k=4, n_group=4, topk_group=1, norm_topk_prob=0)
+    logits = torch.tensor([[0.0, 1.0, -1.0, 0.5, 3.0, 2.0, 0.0, 0.0]])
+    ids, _ = evaluate("MoERouter", logits, torch.zeros(8), **asdict(a))
+    assert ids.tolist() == [[4, 5, 0, 1]]
+
+
+@pytest.mark.parametrize("evaluate", ["kernel_scalar", *MORE_EVALUATORS], indirect=True)
+def test_nan_stays_within_the_experts(evaluate: Evaluate) -> None:
+    a = Attributes(top_k=8, n_group=4, topk_group=4)
+    logits = torch.full((3, 40), float("nan"))
+    logits[1, ::2] = 1
+    logits[2] = -logits[2]
+    ids, _ = evaluate("MoERouter", logits, torch.zeros(40), **asdict(a))
+    assert all(len({*token} & {*range(40)}) == a.top_k for token in ids.tolist())
+
+
 @many_experts
 def test_many_tokens(evaluate: Evaluate) -> None:
     a = Attributes(top_k=8, n_group=4, topk_group=2, routed_scaling_factor=2.5)
-    logits, bias = random(1500, 160, seed=1) * 2, random(160, seed=2) * 0.1
+    logits, bias = random(1501, 160, seed=1) * 2, random(160, seed=2) * 0.1
     check(evaluate("MoERouter", logits, bias, **asdict(a)), logits, bias, a)
 
 

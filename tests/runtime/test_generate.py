@@ -1,10 +1,11 @@
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from toy import V, greedy, oracle, write_bundle
+from toy import OpenToy, ToyBundle, V, greedy, oracle, write_bundle
 
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.errors import InputError, ResourceError, UsageError
@@ -15,15 +16,20 @@ from glm_export.runtime.session import Session
 PROMPTS = [[5, 3, 8, 1, 9, 2, 7], [60], [4, 4, 4, 4], [12, 50], [33, 20, 10]]
 
 
-@pytest.fixture(scope="module", params=["last", "all"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return Bundle.open(write_bundle(tmp_path_factory.mktemp("bundle") / "toy", logits=request.param))
+@pytest.fixture(params=["last", "all"])
+def open_one(request: pytest.FixtureRequest, open_toy: OpenToy) -> OpenToy:
+    return functools.partial(open_toy, logits=request.param)
 
 
 @pytest.fixture
-def session(bundle: Bundle) -> Iterator[Session]:
-    with open_session(bundle, threads=1) as opened:
+def session(open_one: OpenToy) -> Iterator[Session]:
+    with open_one() as opened:
         yield opened
+
+
+@pytest.fixture
+def bundle(toy_bundle: ToyBundle) -> Bundle:
+    return toy_bundle()
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 512])
@@ -33,8 +39,8 @@ def test_greedy_equals_the_oracle_in_waves_of_ragged_rows(session: Session, chun
     assert results == [Generation(tokens=tuple(greedy(prompt, 12)), finish="length") for prompt in PROMPTS]
 
 
-def test_solo_equals_batched(bundle: Bundle) -> None:
-    with open_session(bundle, threads=1) as batched, open_session(bundle, batch=1, threads=1) as solo:
+def test_solo_equals_batched(open_one: OpenToy) -> None:
+    with open_one() as batched, open_one(batch=1) as solo:
         together = generate(batched, PROMPTS, max_new_tokens=20, stop_ids=())
         assert together == [generate(solo, [prompt], max_new_tokens=20, stop_ids=())[0] for prompt in PROMPTS]
 
@@ -100,8 +106,8 @@ def test_lowest_id_wins_a_tie(bundle: Bundle) -> None:
     assert result.tokens == (0, 0, 0)
 
 
-def test_a_prompt_and_its_new_tokens_may_fill_the_capacity(bundle: Bundle) -> None:
-    with open_session(bundle, batch=2, capacity=10) as session:
+def test_a_prompt_and_its_new_tokens_may_fill_the_capacity(open_one: OpenToy) -> None:
+    with open_one(batch=2, capacity=10) as session:
         prompts = [[1, 2, 3, 4, 5, 6, 7], [9]]
         results = generate(session, prompts, max_new_tokens=3, stop_ids=(), prefill_chunk=4)
         assert [result.tokens for result in results] == [tuple(greedy(prompt, 3)) for prompt in prompts]

@@ -7,24 +7,43 @@ mask or cache row shows in the logits.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_tensorrt
 import ml_dtypes
 import numpy as np
 import onnx
+from fake_tensorrt import plan_of
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.contract import COMPUTE_DTYPES, Contract
+from glm_export.runtime.engine_info import EngineInfo
 from glm_export.runtime.files import FileRecord, sha256_of
 from glm_export.runtime.manifest import Manifest
+from glm_export.runtime.session import Session
 
 L, H, J, A, D, V, POSITIONS = 2, 4, 2, 8, 16, 61, 64
-TYPES = {"float32": TensorProto.FLOAT, "bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
-NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "bfloat16": TensorProto.BFLOAT16,
+    "float16": TensorProto.FLOAT16,
+    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
+}
+NUMPY = {
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+}
 INT64 = TensorProto.INT64
 END = "<|end|>"
+
+ToyBundle = Callable[..., Bundle]
+OpenToy = Callable[..., Session]
 
 
 def contract_of(precision: str = "fp32", **choices: Any) -> Contract:
@@ -55,10 +74,10 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
     return named
 
 
-def oracle(ids: list[int], precision: str = "fp32", seed: int = 0) -> np.ndarray:
+def oracle(ids: list[int], precision: str = "fp32", seed: int = 0, cache_dtype: str | None = None) -> np.ndarray:
     """Logits [S,V] of one whole sequence."""
     w = weights(seed)
-    dtype = NUMPY[COMPUTE_DTYPES[precision]]
+    dtype = NUMPY[cache_dtype or COMPUTE_DTYPES[precision]]
     n = len(ids)
     x = w["embed"][ids] + w["position"][:n]
     causal = np.tril(np.ones((n, n), bool))
@@ -85,13 +104,24 @@ def greedy(prompt: list[int], steps: int, precision: str = "fp32", stop: frozens
     return ids[len(prompt) :]
 
 
-def graph(contract: Contract, seed: int = 0) -> onnx.ModelProto:
+def graph(
+    contract: Contract,
+    seed: int = 0,
+    *,
+    cache_dtype: str | None = None,
+    capacity: int | None = None,
+    tensorrt: bool = False,
+) -> onnx.ModelProto:
+    """The toy as a graph; with an FP8 cache or a fixed capacity it is what a fake engine is made of.
+
+    With `tensorrt` it is in TensorRT's own words: Attention ignores the lengths there.
+    """
     nodes: list[onnx.NodeProto] = []
     constants = {name: value for name, value in weights(seed).items() if name != "embed" or not contract.inputs_embeds}
     constants |= {f"shape.{n}": np.array([0, 0, heads, A]) for n, heads in (("q", H), ("kv", J))}
     constants |= {"flat": np.array([0, 0, H * A]), "zero": np.array(0), "one": np.array(1), "axis1": np.array([1])}
     constants |= {"rows": np.array([-1, 4]), "probability": np.zeros((1, H, 1, 1), np.float32)}
-    compute = TYPES[contract.compute_dtype]
+    compute, cache = TYPES[contract.compute_dtype], TYPES[cache_dtype or contract.compute_dtype]
 
     def op(kind: str, inputs: str, output: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, inputs.split(" "), [output], name=output, **attributes))
@@ -110,6 +140,9 @@ def graph(contract: Contract, seed: int = 0) -> onnx.ModelProto:
         op("Gather", f"embed {tokens}", "embeds")
     x = op("Add", "embeds position_embeds", "x.0")
     op("Add", "write_index S", "written")
+    if tensorrt:
+        op("Cast", "written", "written32", to=TensorProto.INT32)
+        constants["scale"] = np.array(A**-0.5, np.float32)
     hidden = [x]
     for i in range(L):
         op("MatMul", f"{x} q.{i}", f"q2.{i}")
@@ -119,10 +152,21 @@ def graph(contract: Contract, seed: int = 0) -> onnx.ModelProto:
             op("MatMul", f"{x} {n}.{i}", f"{n}2.{i}")
             op("Reshape", f"{n}2.{i} shape.kv", f"{n}3.{i}")
             op("Transpose", f"{n}3.{i}", f"{n}4.{i}", perm=[0, 2, 1, 3])
-            op("Cast", f"{n}4.{i}", f"{n}5.{i}", to=compute)
-            op("TensorScatter", f"{n}_cache.{i} {n}5.{i} write_index", f"{n}_cache_out.{i}", axis=-2, mode="linear")
+            if cache == TensorProto.FLOAT8E4M3FN:  # which TensorScatter does not know: it passes through float32
+                op("Cast", f"{n}_cache.{i}", f"{n}_cache32.{i}", to=TensorProto.FLOAT)
+                op("TensorScatter", f"{n}_cache32.{i} {n}4.{i} write_index", f"{n}5.{i}", axis=-2, mode="linear")
+                op("Cast", f"{n}5.{i}", f"{n}_cache_out.{i}", to=cache)
+            else:
+                op("Cast", f"{n}4.{i}", f"{n}5.{i}", to=compute)
+                op("TensorScatter", f"{n}_cache.{i} {n}5.{i} write_index", f"{n}_cache_out.{i}", axis=-2, mode="linear")
             op("Cast", f"{n}_cache_out.{i}", f"{n}6.{i}", to=TensorProto.FLOAT)
-        op("Attention", f"{q} k6.{i} v6.{i}    written", f"attended.{i}", is_causal=1)
+        if tensorrt:
+            op("Mul", f"{q} scale", f"q5.{i}")
+            inputs = f"q5.{i} k6.{i} v6.{i}   written32"
+            lower_right = {"causal_kind": "lower_right", "TRT_decomposable": 1}
+            op("TRT_Attention", inputs, f"attended.{i}", domain="trt", **lower_right)
+        else:
+            op("Attention", f"{q} k6.{i} v6.{i}    written", f"attended.{i}", is_causal=1)
         op("Transpose", f"attended.{i}", f"a3.{i}", perm=[0, 2, 1, 3])
         op("Reshape", f"a3.{i} flat", f"a2.{i}")
         op("MatMul", f"a2.{i} o.{i}", f"a1.{i}")
@@ -152,8 +196,9 @@ def graph(contract: Contract, seed: int = 0) -> onnx.ModelProto:
             op("Expand", "probability attention_shape", f"attentions.{i}")
 
     def info(binding: Any) -> onnx.ValueInfoProto:
-        kind = {"int64": INT64, **TYPES}[binding.dtype]
-        return helper.make_tensor_value_info(binding.name, kind, binding.shape)
+        kind = cache if "_cache" in binding.name else {"int64": INT64, **TYPES}[binding.dtype]
+        shape = [capacity if dim == "C" and capacity else dim for dim in binding.shape]
+        return helper.make_tensor_value_info(binding.name, kind, shape)
 
     toy = helper.make_graph(
         nodes,
@@ -162,7 +207,8 @@ def graph(contract: Contract, seed: int = 0) -> onnx.ModelProto:
         [info(binding) for binding in contract.outputs_of_step()],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    return helper.make_model(toy, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    domains = {"": 24, **({"trt": 1} if tensorrt else {})}
+    return helper.make_model(toy, opset_imports=[helper.make_opsetid(*item) for item in domains.items()], ir_version=11)
 
 
 def tokenizer() -> Tokenizer:
@@ -193,6 +239,65 @@ def write_bundle(directory: Path, *, precision: str = "fp32", seed: int = 0, **c
     (directory / "generation_config.json").write_text('{"eos_token_id": [7]}')
     record(directory, contract, precision, **{key: value for key, value in changes.items() if key not in of_contract})
     return directory
+
+
+def write_engine(
+    directory: Path,
+    target: str,
+    *,
+    batch: int = 4,
+    capacity: int = 32,
+    prefill: int = 16,
+    cache_dtype: str | None = None,
+    model: onnx.ModelProto | None = None,
+    plan: dict[str, Any] | None = None,
+    **info: Any,
+) -> EngineInfo:
+    """Adds a fake engine to a bundle, of the toy or of a model with this capacity and its weights inside.
+
+    `plan` breaks the plan, `info` are other fields of engine.json.
+    """
+    manifest = Manifest.read(directory)
+    contract = manifest.contract
+    cache_dtype = cache_dtype or contract.compute_dtype
+    model = model or graph(contract, cache_dtype=cache_dtype, capacity=capacity)
+    folder = directory / "engines" / target
+    folder.mkdir(parents=True, exist_ok=True)
+    data = plan_of(model, batch=batch, prefill=prefill, **(plan or {}))
+    (folder / "model.plan").write_bytes(data)
+    engine = EngineInfo(
+        **{
+            "target": target,
+            "library_version": fake_tensorrt.VERSION,
+            "compute_capabilities": ("8.9", "12.0"),
+            "gpu": None,
+            "compute_dtype": contract.compute_dtype,
+            "cache_dtype": cache_dtype,
+            "capacity": capacity,
+            "batch": batch,
+            "prefill": prefill,
+            "graph_sha256": manifest.files["model.onnx"].sha256,
+            "plan_bytes": len(data),
+            "layers": {"attention": L, "kv_cache_update": 2 * L},
+            "build_seconds": 1.5,
+            "build_peak_bytes": 1 << 20,
+        }
+        | info
+    )
+    engine.write(folder)
+    record_engine(directory, target)
+    return engine
+
+
+def record_engine(directory: Path, target: str) -> None:
+    """Puts the engine's files as they are into the manifest."""
+    manifest = Manifest.read(directory)
+    paths = tuple(f"engines/{target}/{name}" for name in ("engine.json", "model.plan"))
+    files = {
+        path: FileRecord(size=(directory / path).stat().st_size, sha256=sha256_of(directory / path)) for path in paths
+    }
+    engines = {**manifest.engines, target: paths}
+    dataclasses.replace(manifest, files={**manifest.files, **files}, engines=engines).write(directory)
 
 
 def record(directory: Path, contract: Contract, precision: str, **changes: Any) -> Manifest:

@@ -1,0 +1,1 @@
+"""Bundle -> TensorRT engine: the graph is lowered, then parsed and built."""
