@@ -5,10 +5,10 @@ VENV ?= .venv
 DEMO ?= demo
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-CPP = $(foreach suffix,cpp h cu cuh,$(wildcard plugins/*/*.$(suffix) tests/*/*.$(suffix) tests/*/*/*.$(suffix)))
+CPP = $(foreach suffix,c cpp h cu cuh,$(wildcard plugins/*/*.$(suffix) tests/*/*.$(suffix) tests/*/*/*.$(suffix)))
 SOURCES = pyproject.toml CMakeLists.txt constraints.txt $(wildcard exporter/* exporter/*/* runtime/* plugins/* plugins/*/* recipes/*)
 
-.PHONY: demo test test-gpu check format kernels cuda clean
+.PHONY: demo test test-gpu check format kernels cuda faults fuzz clean
 
 demo: $(VENV)/.cpu
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -20,9 +20,10 @@ demo: $(VENV)/.cpu
 test: check
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# The CUDA kernels on the GPU of this machine.
+# On the GPU of this machine: CUDA kernels, then the sessions with the TensorRT libraries that are installed.
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/plugins -k cuda_gpu
+	$(BIN)/python -m pytest tests/runtime tests/exporter/test_against.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,6 +48,15 @@ cuda:
 	cmake --build build/cuda --target glm_cuda >build/cuda/ptxas.txt 2>&1 || { cat build/cuda/ptxas.txt; false; }
 	$(PYTHON) bench/cuda_resources.py build/cuda/ptxas.txt >bench/CUDA_RESOURCES.md
 
+# Breaks builds in every way and writes docs/faults.md; a few minutes.
+faults: $(VENV)/.dev
+	$(BIN)/python tests/faults/run.py --write docs/faults.md
+
+# A million executions take some minutes; an input that fails is kept where Python keeps temporary files.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python tests/fuzz/fuzz_checkpoint.py -runs=1000000
+	$(BIN)/python tests/fuzz/fuzz_manifest.py -runs=200000
+
 clean:
 	rm -rf $(VENV) $(DEMO) build dist plugins/*.so
 
@@ -56,6 +66,10 @@ $(BIN)/python:
 $(VENV)/.cpu: $(BIN)/python $(SOURCES)
 	$(PIP) ".[cpu]"
 	touch $@
+
+$(VENV)/.fuzz: $(BIN)/python $(SOURCES)
+	$(PIP) ".[cpu,fuzz]"
+	touch $@ $(VENV)/.cpu
 
 $(VENV)/.dev: $(BIN)/python $(SOURCES)
 	$(PIP) ".[cpu,dev]"

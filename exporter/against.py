@@ -32,6 +32,7 @@ from glm_export.exporter.validate import (
     open_engine_session,
     random_prompts,
     reference_logits,
+    report_path,
     sizes,
     tolerances,
     with_embeddings,
@@ -233,8 +234,7 @@ def validate_against(
         [accuracy] = Comparator.compare_accuracy(results, compare_func=compare)
     [iteration] = accuracy[target, against]
     report: AgainstReport = iteration["logits"]
-    path = bundle.directory / f"reports/{target}-against-{against}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = report_path(bundle, f"reports/{target}-against-{against}.json")
     write_text_durably(path, json.dumps(report.to_dict(), indent=1))
     return report
 

@@ -1,17 +1,17 @@
-"""checkpoint -> bundle: trace the graph, write the weights file by file, tie them together, write the manifest.
+"""checkpoint -> bundle: plan, copy the small files, trace the graph, write the weights file by file, manifest last.
 
-Everything happens in `<bundle>.building`, which gets its final name when it is complete. Each weight file is entered
-into journal.json once it is on disk; a build that was killed goes on after the last one, if nothing else changed.
+Everything happens in a directory of its own beside the bundle's place, which gets the final name when it is complete
+(staging.py). Each large file is entered into a journal once it is on disk; a build that was killed goes on after the
+last one (journal.py). Weights are read and converted on several threads, and written here in their order (pipeline.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.metadata
+import itertools
 import json
-import shutil
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,203 +20,123 @@ import onnx_ir as ir
 from torch import Tensor
 
 from glm_export.exporter.checkpoint import Checkpoint
-from glm_export.exporter.config import Glm4MoeConfig, contract, parse_json
-from glm_export.exporter.layout import TIED, Parameter, groups
-from glm_export.exporter.lock import only_builder
+from glm_export.exporter.companions import read_companion
+from glm_export.exporter.config import Glm4MoeConfig, parse_json
+from glm_export.exporter.estimate import check_disk, check_memory
+from glm_export.exporter.journal import Journal
+from glm_export.exporter.page_cache import forget, too_large_to_stay
+from glm_export.exporter.pipeline import WAITING, default_threads, in_order
+from glm_export.exporter.plan import BuildPlan, PlannedFile, versions
 from glm_export.exporter.progress import Advance, Reporter
-from glm_export.exporter.recipe import Recipe, check_model
-from glm_export.exporter.storage import convert, stored_tensors
+from glm_export.exporter.quantized import RoundingError
+from glm_export.exporter.recipe import Recipe
+from glm_export.exporter.staging import Staging
+from glm_export.exporter.storage import Block, Converted, convert
 from glm_export.exporter.trace import trace
-from glm_export.exporter.weight_file import FOLDER, Location, WeightFile, all_locations
-from glm_export.runtime.bundle import JOURNAL_NAME, MODEL_NAME
-from glm_export.runtime.errors import InputError, ResourceError, UsageError
-from glm_export.runtime.files import FileRecord, HashingWriter, sha256_of, sync_directory, write_text_durably
+from glm_export.exporter.weight_file import FOLDER, Location
+from glm_export.runtime.bundle import JOURNAL_NAME, MODEL_NAME, Bundle
+from glm_export.runtime.errors import InputError
+from glm_export.runtime.files import FileRecord, HashingWriter, write_text_durably
 from glm_export.runtime.manifest import Manifest
 
-COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-"""Taken over from the checkpoint where it has them."""
 
-_LIBRARIES = ("glm-export", "torch", "onnx", "onnx-ir", "onnxscript", "numpy", "ml-dtypes")
-
-
-def build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, out: Path, reporter: Reporter) -> Manifest:
+def build(
+    source: Checkpoint | Glm4MoeConfig,
+    recipe: Recipe,
+    out: Path,
+    reporter: Reporter,
+    *,
+    replace: bool = False,
+    threads: int | None = None,
+) -> Manifest:
     """Builds a bundle at `out`.
 
     Args:
         source: an opened checkpoint; or only a config, for a graph without weights (to look at, not to run).
         recipe: all choices.
-        out: the bundle's directory, which must not exist.
+        out: the bundle's directory.
         reporter: where progress goes.
+        replace: a bundle at `out` is replaced once the new one is complete and verified; without, `out` must not exist.
+        threads: how many read and convert weights; as many as there are CPUs when None. The bundle is the same.
 
     Raises:
-        UsageError: `out` exists.
+        UsageError: `out` exists and is not to be replaced.
         InputError: the checkpoint does not fit the recipe, or has weights that can not be stored.
-        ResourceError: the disk is too small.
+        IntegrityError: the checkpoint changed while it was read.
+        ResourceError: there is not enough memory or disk, or the disk fails.
         LockedError: another build of the same bundle is running.
     """
-    if out.exists():
-        raise UsageError(f"{out} already exists; remove it or choose another place for the bundle.")
-    check_model(recipe, source.config if isinstance(source, Checkpoint) else source)
-    staging = out.with_name(out.name + ".building")
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    with only_builder(out):
-        manifest = _build(source, recipe, staging, reporter)
-        staging.rename(out)
-        sync_directory(out.parent)
+    plan = BuildPlan.of(source, recipe)
+    threads = threads or default_threads()
+    with Staging.open(out, replace=replace) as staging:
+        manifest = _build(plan, staging.directory, reporter, threads)
+        if staging.replace:
+            with reporter.stage("verifying the new bundle", sum(r.size for r in manifest.files.values())) as advance:
+                Bundle.open(staging.directory, check="full", progress=advance, threads=threads)
+        staging.publish()
+        # Only now: who is killed before goes on with complete files. And should this fail, the bundle is complete.
+        with suppress(OSError):
+            (out / JOURNAL_NAME).unlink()
     return manifest
 
 
-def _build(source: Checkpoint | Glm4MoeConfig, recipe: Recipe, staging: Path, reporter: Reporter) -> Manifest:
-    checkpoint = source if isinstance(source, Checkpoint) else None
-    config = source.config if isinstance(source, Checkpoint) else source
-    parameters_of = groups(config)
-    files = {
-        group: WeightFile.plan(group, (t for p in members for t in stored_tensors(p, recipe.precision)))
-        for group, members in parameters_of.items()
-    }
-    bindings = contract(
-        config,
-        precision=recipe.precision,
-        logits=recipe.export.logits,
-        inputs_embeds=recipe.export.inputs_embeds,
-        outputs=recipe.export.outputs,
-    )
-    identity = checkpoint.identity() | {"path": str(checkpoint.directory.resolve())} if checkpoint else {}
-    journal = Journal.open(staging, _key(recipe, config, identity))
-    if checkpoint:
-        _check_space(staging, [file for file in files.values() if file.path not in journal.files])
-
-    records = _copy_small_files(checkpoint, config, staging)
-    stop_ids = _stop_ids(staging, config)  # may refuse, so before the long part
-    with reporter.stage(f"tracing {config.num_hidden_layers} layers"):
-        model = trace(config, recipe.precision, bindings)
-    if checkpoint:
-        total = sum(file.size for file in files.values())
-        with reporter.stage(f"writing {recipe.precision} weights", total) as advance:
-            for group, members in parameters_of.items():
-                records[files[group].path] = _write_weights(
-                    checkpoint, members, files[group], recipe.precision, journal, advance
-                )
-    with reporter.stage("writing the graph"):
-        locations = dict(all_locations(files.values()))
-        if config.tie_word_embeddings:
-            locations |= {name: locations[shared] for name, shared in TIED.items()}
-        _point_to_weights(model, locations)
-        records[MODEL_NAME] = _write_model(model, staging)
-
+def _build(plan: BuildPlan, directory: Path, reporter: Reporter, threads: int) -> Manifest:
+    remarks = plan.checkpoint.remarks(plan.recipe.precision) if plan.checkpoint else ()
+    for remark in remarks:
+        reporter.note(remark)
+    journal = Journal.open(directory, plan.keys(), reporter, threads=threads)
+    check_memory(plan, threads)
+    missing = [file for file in plan.weight_files if file.path not in journal]
+    check_disk(sum(file.layout.size for file in missing), directory)
+    records = _copy_small_files(plan, directory)
+    stop_ids = _stop_ids(directory, plan.config)  # may refuse, so before the long part
+    records[MODEL_NAME] = _write_graph(plan, directory, journal, reporter)
+    records |= _write_weights(plan, directory, journal, reporter, threads)
+    source: dict[str, Any] = {}
+    if plan.checkpoint:
+        plan.checkpoint.check_unchanged()
+        source = plan.checkpoint.identity() | {"path": str(plan.checkpoint.directory.resolve())}
+        source |= {"remarks": list(remarks), "rounding": _rounding(plan, journal, reporter)}
     manifest = Manifest(
-        name=recipe.name,
-        precision=recipe.precision,
-        contract=bindings,
-        recipe=recipe.to_dict(),
-        source=identity,
-        versions=_versions(),
-        weights=checkpoint is not None,
+        name=plan.recipe.name,
+        precision=plan.recipe.precision,
+        contract=plan.contract,
+        recipe=plan.recipe.to_dict(),
+        source=source,
+        versions=versions(),
+        weights=plan.checkpoint is not None,
         eos_token_ids=stop_ids,
-        max_position_embeddings=config.max_position_embeddings,
-        capacity=min(recipe.runtime.capacity, config.max_position_embeddings),
-        batch=recipe.runtime.batch,
+        max_position_embeddings=plan.config.max_position_embeddings,
+        capacity=min(plan.recipe.runtime.capacity, plan.config.max_position_embeddings),
+        batch=plan.recipe.runtime.batch,
         files=dict(sorted(records.items())),
     )
-    manifest.write(staging)
-    journal.remove()
+    manifest.write(directory)
     return manifest
 
 
-class Journal:
-    """Which weight files of an unfinished build are complete; valid for one combination of recipe and source."""
-
-    def __init__(self, directory: Path, key: str, files: dict[str, FileRecord]) -> None:
-        self._path = directory / JOURNAL_NAME
-        self._key = key
-        self.files = files
-
-    @classmethod
-    def open(cls, directory: Path, key: str) -> Journal:
-        """Continues the build in `directory` if it is the same one, else starts afresh there."""
-        try:
-            seen = parse_json((directory / JOURNAL_NAME).read_bytes(), JOURNAL_NAME)
-            files = {path: FileRecord(**record) for path, record in seen["files"].items()} if seen["key"] == key else {}
-        except (OSError, InputError, KeyError, TypeError, AttributeError):
-            files = {}
-        files = {path: record for path, record in files.items() if _is_still(directory / path, record)}
-        if not files:
-            shutil.rmtree(directory, ignore_errors=True)
-        (directory / FOLDER).mkdir(parents=True, exist_ok=True)
-        journal = cls(directory, key, files)
-        journal._write()
-        return journal
-
-    def place(self, path: str) -> Path:
-        """Where a file of the bundle is built."""
-        return self._path.parent / path
-
-    def add(self, path: str, record: FileRecord) -> None:
-        """Notes a file that is on disk under its final name."""
-        self.files[path] = record
-        self._write()
-
-    def remove(self) -> None:
-        """Ends the build."""
-        self._path.unlink()
-
-    def _write(self) -> None:
-        files = {path: {"size": record.size, "sha256": record.sha256} for path, record in self.files.items()}
-        write_text_durably(self._path, json.dumps({"key": self._key, "files": files}, indent=1))
+def _copy_small_files(plan: BuildPlan, directory: Path) -> dict[str, FileRecord]:
+    # Our own rendering of config.json: it says what was built, with --layers too, and has no key that nobody read.
+    text = json.dumps(plan.config.to_hf_dict(), indent=2)
+    records = {"config.json": write_text_durably(directory / "config.json", text)}
+    for path in plan.copied:
+        with HashingWriter(directory / path.name) as writer:
+            writer.write(read_companion(path))
+        records[path.name] = writer.record
+    return records
 
 
-def _is_still(path: Path, record: FileRecord) -> bool:
-    return path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256
-
-
-def _key(recipe: Recipe, config: Glm4MoeConfig, identity: Mapping[str, Any]) -> str:
-    """Identifies a build: its choices, its source and the program."""
-    version = _versions().get("glm-export", "")
-    text = json.dumps([recipe.to_dict(), config.to_hf_dict(), identity, version], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what takes part in a build; a source tree that was not installed has none of its own."""
-    versions = {}
-    for name in _LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _check_space(staging: Path, missing: Iterable[WeightFile]) -> None:
-    needed = sum(file.size for file in missing)
-    free = shutil.disk_usage(staging).free
-    if needed > free:
-        raise ResourceError(
-            f"The weights need {needed / 1e9:.1f} GB and {staging.parent} has {free / 1e9:.1f} GB free; "
-            "free some space or build elsewhere."
-        )
-
-
-def _write_weights(
-    checkpoint: Checkpoint,
-    members: Iterable[Parameter],
-    file: WeightFile,
-    precision: str,
-    journal: Journal,
-    advance: Advance,
-) -> FileRecord:
-    if file.path not in journal.files:
-
-        def pieces() -> Iterable[tuple[str, Tensor]]:
-            for parameter in members:
-                for name, block in convert(checkpoint, parameter, precision):
-                    yield name, block
-                    advance(block.nbytes)
-
-        with HashingWriter(journal.place(file.path)) as writer:
-            file.write(writer, pieces())
-        journal.add(file.path, writer.record)
-    else:
-        advance(file.size)
-    return journal.files[file.path]
+def _write_graph(plan: BuildPlan, directory: Path, journal: Journal, reporter: Reporter) -> FileRecord:
+    if MODEL_NAME not in journal:
+        with reporter.stage(f"tracing {plan.config.num_hidden_layers} layers"):
+            model = trace(plan.config, plan.recipe.precision, plan.contract)
+            _point_to_weights(model, plan.locations())
+            proto = ir.to_proto(model)
+            _check(proto)
+        with HashingWriter(directory / MODEL_NAME) as writer:
+            writer.write(proto.SerializeToString(deterministic=True))
+        journal.add(MODEL_NAME, writer.record)
+    return journal[MODEL_NAME].record
 
 
 def _point_to_weights(model: ir.Model, locations: Mapping[str, Location]) -> None:
@@ -236,14 +156,6 @@ def _point_to_weights(model: ir.Model, locations: Mapping[str, Location]) -> Non
     assert locations.keys() - used <= {"model.embed_tokens.weight"}, locations.keys() - used
 
 
-def _write_model(model: ir.Model, staging: Path) -> FileRecord:
-    proto = ir.to_proto(model)
-    _check(proto)
-    with HashingWriter(staging / MODEL_NAME) as writer:
-        writer.write(proto.SerializeToString(deterministic=True))
-    return writer.record
-
-
 def _check(proto: onnx.ModelProto) -> None:
     """The full ONNX check, with the weights as inputs: the checker would read them all into memory."""
     checked = onnx.ModelProto()
@@ -259,15 +171,61 @@ def _check(proto: onnx.ModelProto) -> None:
     onnx.checker.check_model(checked, full_check=True)
 
 
-def _copy_small_files(checkpoint: Checkpoint | None, config: Glm4MoeConfig, staging: Path) -> dict[str, FileRecord]:
-    # Our own rendering of config.json: it says what was built, with --layers too, and has no key that nobody read.
-    records = {"config.json": write_text_durably(staging / "config.json", json.dumps(config.to_hf_dict(), indent=2))}
-    for name in COPIED:
-        if checkpoint and (checkpoint.directory / name).is_file():
-            with HashingWriter(staging / name) as writer:
-                writer.write((checkpoint.directory / name).read_bytes())
-            records[name] = writer.record
-    return records
+def _write_weights(
+    plan: BuildPlan, directory: Path, journal: Journal, reporter: Reporter, threads: int
+) -> dict[str, FileRecord]:
+    checkpoint, precision = plan.checkpoint, plan.recipe.precision
+    if checkpoint is None:
+        return {}
+    (directory / FOLDER).mkdir(exist_ok=True)
+    missing = [file for file in plan.weight_files if file.path not in journal]
+    blocks = itertools.chain.from_iterable(file.blocks(checkpoint) for file in missing)
+    drop = too_large_to_stay(plan)
+
+    def convert_and_forget(block: Block) -> Converted:
+        converted = convert(checkpoint, block, precision)
+        if drop:
+            forget(checkpoint, block)
+        return converted
+
+    converted = in_order(convert_and_forget, blocks, threads=threads, ahead=threads + WAITING)
+    total = sum(file.layout.size for file in missing)
+    with reporter.stage(f"writing {precision} weights", total) as advance, closing(converted):
+        for file in missing:
+            of_file = itertools.islice(converted, sum(1 for _ in file.blocks(checkpoint)))
+            record, rounding = _write_file(file, directory / file.path, of_file, advance)
+            journal.add(file.path, record, rounding=rounding)
+    return {file.path: journal[file.path].record for file in plan.weight_files}
+
+
+def _write_file(
+    file: PlannedFile, path: Path, converted: Iterator[Converted], advance: Advance
+) -> tuple[FileRecord, dict[str, RoundingError]]:
+    """Writes a weight file from its blocks; also what quantizing once more did, by kind of parameter."""
+    rounding: dict[str, RoundingError] = {}
+
+    def stored() -> Iterator[tuple[str, Tensor]]:
+        for each in converted:
+            yield from each.stored
+            advance(each.nbytes)
+            if each.rounding:
+                kind = each.block.parameter.kind
+                rounding[kind] = rounding.get(kind, RoundingError()) + each.rounding
+
+    with HashingWriter(path) as writer:
+        file.layout.write(writer, stored())
+    return writer.record, rounding
+
+
+def _rounding(plan: BuildPlan, journal: Journal, reporter: Reporter) -> dict[str, dict[str, float]]:
+    """What quantizing once more did to all weights of a kind, as relative L2."""
+    total: dict[str, RoundingError] = {}
+    for file in plan.weight_files:
+        for kind, error in journal[file.path].rounding.items():
+            total[kind] = total.get(kind, RoundingError()) + error
+    for kind, error in total.items():
+        reporter.note(f"Quantizing {kind} once more: relative L2 {error.overall:.2e}, worst block {error.worst:.2e}.")
+    return {kind: {"overall": error.overall, "worst": error.worst} for kind, error in total.items()}
 
 
 def _stop_ids(staging: Path, config: Glm4MoeConfig) -> tuple[int, ...]:
@@ -281,6 +239,7 @@ def _stop_ids(staging: Path, config: Glm4MoeConfig) -> tuple[int, ...]:
         return config.eos_token_id
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
         raise InputError(
-            f"generation_config.json: eos_token_id is {ids}, expected token ids below {config.vocab_size}."
+            f"generation_config.json: eos_token_id is {reprlib.repr(ids)}, expected token ids below "
+            f"{config.vocab_size}."
         )
     return tuple(ids)

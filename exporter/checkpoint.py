@@ -1,7 +1,8 @@
-"""Reads a safetensors checkpoint: checked as a whole before any byte of a weight is read, then tensor by tensor.
+"""Reads a safetensors checkpoint: checked as a whole before any byte of a weight is read, then piece by piece.
 
-Opening reads config.json and the headers of all shards only. A tensor is a view of a memory map, so what is not used is
-never read, and a build holds no more of the source than the expert it works on.
+Opening reads config.json and the headers of all shards only. A parameter is gathered from pieces (one tensor, or the
+experts one by one), and any rows of a piece can be read by themselves, from any thread: what is not used is never read,
+and memory holds only what is asked for. Until the end, every file must stay as it was when it was opened.
 """
 
 from __future__ import annotations
@@ -9,53 +10,79 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import mmap
 import os
-import stat
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from glm_export.exporter.config import Glm4MoeConfig, parse_json, plural
-from glm_export.exporter.layout import TIED, Parameter, expert_parts, layer_index, parameters, parts
+from glm_export.exporter.config import Glm4MoeConfig, parse_json
+from glm_export.exporter.inventory import (
+    FP8,
+    complete_mtp,
+    is_unused,
+    mtp_problems,
+    problems,
+    scale_of,
+    stored_parts,
+)
+from glm_export.exporter.layout import Parameter, layer_index, parameters
+from glm_export.exporter.precision import QUANTIZED
+from glm_export.exporter.quantization_config import HF_QUANT_CONFIG, parse_quantization
+from glm_export.exporter.quantized import PER_TOKEN, Quantization, Scheme
+from glm_export.exporter.safetensors_header import StoredTensor
+from glm_export.exporter.shards import INDEX, Shard, read_shard_set, refuse
+from glm_export.exporter.source_file import Stamp, check_stamp, open_regular, read_into, read_text_file, refuse_change
+from glm_export.plugins.fp8 import E4M3_MAX
 from glm_export.runtime.errors import InputError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+SOURCE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}
 
-SOURCE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+CONFIG = "config.json"
 
-_ITEM_BYTES = {
-    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1},
-    **{"I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8},
-}
-_LARGEST_HEADER = 25_000_000  # what the Hugging Face Hub accepts; the largest of these models need less than 10 MB
-_FIELDS = {"dtype", "shape", "data_offsets"}
-_LISTED = 20
+_LARGEST_CONFIG = 5_000_000  # bytes: a list of all linears of the largest model would need 3 MB
+_LARGEST_SCALE = torch.finfo(torch.float32).max / E4M3_MAX
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies: the half-open byte range in its shard."""
+class Piece:
+    """A stored tensor that is a parameter or a part of one, as rows: [rows, columns], or [rows] in one dimension."""
 
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
+    name: str
+    tensor: StoredTensor
+    scheme: Scheme | None = None
+    """How it is scaled, if it is FP8."""
+    scale: StoredTensor | None = None
 
+    @property
+    def rows(self) -> int:
+        """All axes but the last, taken together."""
+        return math.prod(self.tensor.shape[:-1]) if len(self.tensor.shape) > 1 else self.tensor.shape[0]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """One safetensors file: size in bytes, digest of its header, tensors by name."""
+    @property
+    def columns(self) -> int | None:
+        """The last axis; None in one dimension."""
+        return self.tensor.shape[-1] if len(self.tensor.shape) > 1 else None
 
-    file: str
-    size: int
-    header_sha256: str
-    tensors: dict[str, StoredTensor]
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored."""
+        return SOURCE_DTYPES[self.tensor.dtype]
+
+    @property
+    def row_scaled(self) -> bool:
+        """Whether it is FP8 with one scale per row, as our own fp8 is, so that it can be carried over as it is."""
+        return self.scheme is not None and self.scheme.row_scaled(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a matrix."""
+        assert self.columns is not None
+        return self.rows, self.columns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,13 +92,19 @@ class Checkpoint:
     directory: Path
     config: Glm4MoeConfig
     config_sha256: str
+    """Of config.json, and of hf_quant_config.json after it where there is one."""
+    quantization: Quantization | None
     shards: tuple[Shard, ...]
     mtp_tensors: dict[str, StoredTensor]
     """Tensors of the multi-token-prediction layers, set aside."""
+    mtp: tuple[Parameter, ...]
+    """Their parameters that are complete, which can be read like the others."""
     ignored: tuple[str, ...]
     """Unknown config keys that the user vouched for."""
 
     _tensors: dict[str, StoredTensor]
+    _stamps: dict[str, Stamp]
+    """Of every file that was read."""
 
     @classmethod
     def open(cls, directory: str | Path, ignore: Collection[str] = ()) -> Checkpoint:
@@ -85,79 +118,124 @@ class Checkpoint:
             InputError: anything that keeps the checkpoint from being read completely; tensors by name, all at once.
         """
         directory = Path(directory)
-        config_bytes = _read(directory, "config.json", "a Hugging Face checkpoint folder")
-        source = str(directory / "config.json")
-        config = Glm4MoeConfig.from_dict(parse_json(config_bytes, source), source=source, ignore=ignore)
+        if not directory.is_dir():
+            raise InputError(f"{directory}: is no folder; expected a Hugging Face checkpoint folder.")
+        stamps: dict[str, Stamp] = {}
+        digest = hashlib.sha256()
 
-        files, extra = _shard_files(directory)
-        shards = tuple(read_shard(directory / file) for file in (*files, *extra))
-        tensors: dict[str, StoredTensor] = {}
-        for shard in shards:
-            for name, tensor in shard.tensors.items():
-                if name in tensors:
-                    raise InputError(
-                        f"{directory}: {name} is stored in both {tensors[name].file} and {shard.file}; "
-                        "remove the shard that does not belong to this checkpoint."
-                    )
-                tensors[name] = tensor
-        mtp = {name: tensor for name, tensor in tensors.items() if layer_index(name) in config.mtp_layers}
-        problems = [
-            *_index_problems(files, tensors),
-            *(
-                f"{name} in {tensor.file}, which the index does not list and which may only hold MTP layers"
-                for name, tensor in tensors.items()
-                if tensor.file in extra and name not in mtp
-            ),
-            *_layout_problems(config, {name: tensor for name, tensor in tensors.items() if name not in mtp}),
-        ]
-        if problems:
-            more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-            raise InputError(
-                f"{directory}: {len(problems)} {plural('tensor', problems)} not as config.json asks: "
-                f"{'; '.join(problems[:_LISTED])}{more}."
-            )
-        digest = hashlib.sha256(config_bytes).hexdigest()
+        def table(name: str) -> dict[str, Any]:
+            data, stamps[name] = read_text_file(directory / name, _LARGEST_CONFIG)
+            digest.update(data)
+            return parse_json(data, str(directory / name))
+
+        source = str(directory / CONFIG)
+        config_table = table(CONFIG)
+        config = Glm4MoeConfig.from_dict(config_table, source=source, ignore=ignore)
+        # A broken link too is a file that should be read.
+        hf_quant = table(HF_QUANT_CONFIG) if os.path.lexists(directory / HF_QUANT_CONFIG) else None
+        quantization = parse_quantization(config_table, hf_quant, source, ignore)
+
+        found = read_shard_set(directory)
+        stamps |= {shard.file: shard.stamp for shard in found.shards}
+        if found.index_stamp:
+            stamps[INDEX] = found.index_stamp
+        mtp = {name: tensor for name, tensor in found.tensors.items() if layer_index(name) in config.mtp_layers}
+        main = {name: tensor for name, tensor in found.tensors.items() if name not in mtp}
+
+        def wrong() -> Iterator[str]:
+            for name, tensor in main.items():
+                if tensor.file in found.extra:
+                    yield f"{name} in {tensor.file}, which the index does not list and which may only hold MTP layers"
+            yield from problems(config, quantization, main)
+            yield from mtp_problems(config, quantization, mtp)
+
+        refuse(directory, wrong(), "config.json asks")
+        found.check_total_size(str(directory / INDEX))
+        if quantization and not any(tensor.dtype == FP8 for tensor in found.tensors.values()):
+            raise InputError(f"{source}: has a quantization_config, but no weight is FP8; remove it.")
         return cls(
             directory=directory,
             config=config,
-            config_sha256=digest,
-            shards=shards,
+            config_sha256=digest.hexdigest(),
+            quantization=quantization,
+            shards=found.shards,
             mtp_tensors=mtp,
+            mtp=complete_mtp(config, quantization, mtp),
             ignored=tuple(sorted(ignore)),
-            _tensors=tensors,
+            _tensors=found.tensors,
+            _stamps=stamps,
         )
 
     def with_layers(self, num_hidden_layers: int) -> Checkpoint:
-        """The same checkpoint cut after its first layers.
+        """The same checkpoint cut after its first layers, which no MTP layer fits.
 
         Raises:
             UsageError: it has fewer.
         """
-        return dataclasses.replace(self, config=self.config.with_layers(num_hidden_layers))
+        if num_hidden_layers == self.config.num_hidden_layers:
+            return self
+        return dataclasses.replace(self, config=self.config.with_layers(num_hidden_layers), mtp=())
+
+    def pieces(self, parameter: Parameter) -> tuple[Piece, ...]:
+        """The stored tensors that a parameter is gathered from, in the order of its rows."""
+        return tuple(self._piece(name) for name in stored_parts(parameter, self._tensors))
 
     def source_dtype(self, parameter: Parameter) -> torch.dtype:
         """The dtype in which the checkpoint stores a parameter; all experts of a parameter share one."""
-        name = parameter.name if parameter.name in self._tensors else next(iter(parts(parameter)))
-        return SOURCE_DTYPES[self._tensors[name].dtype]
+        return self._piece(next(iter(stored_parts(parameter, self._tensors)))).dtype
 
-    def read(self, parameter: Parameter) -> torch.Tensor:
-        """A whole parameter in its source dtype, of the parameter's shape.
+    def read(self, parameter: Parameter) -> Tensor:
+        """A whole parameter's numbers: in the source dtype, or dequantized in float32 if that is FP8."""
+        pieces = self.pieces(parameter)
+        if len(pieces) == 1:
+            return self.read_numbers(pieces[0], 0, pieces[0].rows).view(parameter.shape)
+        numbers = torch.empty(parameter.shape, dtype=torch.float32 if pieces[0].scheme else pieces[0].dtype)
+        rows = numbers.view(-1, parameter.shape[-1])
+        position = 0
+        for piece in pieces:
+            rows[position : position + piece.rows] = self.read_numbers(piece, 0, piece.rows)
+            position += piece.rows
+        return numbers
 
-        It is a view of the file unless the experts are stored one by one; those are gathered into new memory.
+    def read_numbers(self, piece: Piece, first: int, last: int) -> Tensor:
+        """The numbers in the rows first..last of a piece: in the source dtype, or dequantized in float32 if it is FP8.
+
+        Raises:
+            InputError: a read error, or a scale that is none.
+            IntegrityError: the file is not what it was when it was opened.
         """
-        if parameter.name in self._tensors:
-            return self._view(parameter.name)
-        packed = torch.empty(parameter.shape, dtype=self.source_dtype(parameter))
-        for e in range(parameter.shape[0]):
-            torch.cat([self._view(name) for name in expert_parts(parameter, e)], out=packed[e])
-        return packed
+        values = self._read_rows_of(piece.tensor, first, last)
+        if piece.scheme is None:
+            return values
+        return values.float().mul_(piece.scheme.of_rows(self._read_scale(piece), first, last, piece.shape))
 
-    def read_expert(self, parameter: Parameter, e: int) -> torch.Tensor:
-        """One expert of an experts parameter in its source dtype: [2F, D] or [D, F]."""
-        if parameter.name in self._tensors:
-            return self._view(parameter.name)[e]
-        pieces = [self._view(name) for name in expert_parts(parameter, e)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def read_fp8(self, piece: Piece, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The rows first..last of a `row_scaled` piece as they are; raises as `read_numbers`.
+
+        Returns:
+            values [n, I] float8_e4m3fn, bit for bit, and their row scales [n] float32, widened exactly.
+        """
+        assert piece.scheme is not None
+        assert piece.row_scaled
+        values = self._read_rows_of(piece.tensor, first, last)
+        nan = (values.view(torch.uint8) & 0x7F) == 0x7F  # E4M3 has no infinity, and this is its one NaN
+        if nan.any():
+            row, column = nan.nonzero()[0].tolist()
+            raise InputError(
+                f"{piece.name}[{first + row}, {column}] is nan; a checkpoint must be finite: restore the tensor from "
+                "its source."
+            )
+        scale = piece.scheme.of_rows(self._read_scale(piece), first, last, piece.shape)
+        return values, scale[:, 0].contiguous()
+
+    def check_unchanged(self) -> None:
+        """Checks that every file is the one that was opened.
+
+        Raises:
+            IntegrityError: one was written to, replaced or removed.
+        """
+        for file, stamp in self._stamps.items():
+            check_stamp(self.directory / file, stamp)
 
     def identity(self) -> dict[str, Any]:
         """What tells this checkpoint from another without reading its weights; no absolute paths."""
@@ -167,158 +245,75 @@ class Checkpoint:
             "shards": [{"file": s.file, "size": s.size, "header_sha256": s.header_sha256} for s in self.shards],
         }
 
-    def _view(self, name: str) -> torch.Tensor:
+    def remarks(self, precision: str) -> tuple[str, ...]:
+        """What somebody who builds in a precision should know about this source, a sentence each."""
+        found = []
+        if self.mtp_tensors:
+            layers = ", ".join(str(i) for i in sorted({layer_index(name) or 0 for name in self.mtp_tensors}))
+            own = [word for word in ("embed_tokens", "shared_head.head") if any(word in n for n in self.mtp_tensors)]
+            also = f", with its own {' and '.join(own)}" if own else ""
+            found.append(
+                f"Layer {layers} is for multi-token prediction{also}: {len(self.mtp_tensors)} tensors set aside."
+            )
+        if self.quantization is None:
+            return tuple(found)
+        counts: Counter[str] = Counter()
+        activations = set()
+        for parameter in parameters(self.config).values():
+            piece = self.pieces(parameter)[0]
+            if piece.scheme:
+                activations.add(piece.scheme.activations)
+            if precision != "fp8" or parameter.kind not in QUANTIZED:
+                counts["dequantized once"] += piece.scheme is not None
+            elif piece.row_scaled:
+                counts[f"carried over bit for bit ({piece.scheme})"] += 1
+            elif piece.scheme:
+                counts[f"quantized once more, per channel ({piece.scheme})"] += 1
+            else:
+                counts["not quantized in the checkpoint, quantized here"] += 1
+        how = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
+        found.append(f"FP8 weights ({self.quantization.method}): {how}.")
+        if precision == "fp8" and activations != {PER_TOKEN}:
+            seen = ", ".join(sorted(activations)) or "nowhere"
+            found.append(f"The checkpoint is made for activations quantized {seen}; here they are {PER_TOKEN}.")
+        if unused := sum(is_unused(name, self.quantization) for name in self._tensors):
+            found.append(f"{unused} scales for activations or the KV cache are not used.")
+        return tuple(found)
+
+    def _piece(self, name: str) -> Piece:
         tensor = self._tensors[name]
-        dtype = SOURCE_DTYPES[tensor.dtype]
-        skip = tensor.start % mmap.ALLOCATIONGRANULARITY
-        # One map per tensor, gone with it: what was read does not count as our memory for longer than it is used.
-        # It is copy-on-write, so to torch it is writable (no warning), but no write ever reaches the file.
-        with (self.directory / tensor.file).open("rb") as file:
-            buffer = mmap.mmap(
-                file.fileno(), tensor.end - tensor.start + skip, access=mmap.ACCESS_COPY, offset=tensor.start - skip
-            )
-        if skip % dtype.itemsize:  # legal in the file, but not for a typed view
-            return torch.frombuffer(bytearray(buffer[skip:]), dtype=dtype).view(tensor.shape)
-        return torch.frombuffer(buffer, dtype=dtype, offset=skip).view(tensor.shape)
+        if tensor.dtype != FP8:
+            return Piece(name=name, tensor=tensor)
+        scale = scale_of(name, self._tensors)
+        assert self.quantization is not None
+        assert scale is not None
+        scheme = self.quantization.scheme(name.removesuffix(".weight"))
+        return Piece(name=name, tensor=tensor, scheme=scheme, scale=self._tensors[scale])
 
-
-def read_shard(path: Path) -> Shard:
-    """Reads a safetensors header more strictly than the library, which accepts duplicate and hostile names.
-
-    Raises:
-        InputError: not a regular file, truncated, or not exactly covered by well-formed tensors.
-    """
-
-    def refuse_unless(good: bool, seen: str) -> None:
-        if not good:
-            raise InputError(f"{path}: {seen}; download or convert this shard again.")
-
-    try:
-        # A symbolic link is fine here (the Hugging Face cache is made of them): the source is only ever read.
-        refuse_unless(stat.S_ISREG(os.stat(path).st_mode), "not a regular file")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            refuse_unless(size >= 8, f"is {size} bytes long, expected a safetensors file")
-            refuse_unless(length <= _LARGEST_HEADER, f"announces a {length}-byte header, more than {_LARGEST_HEADER}")
-            refuse_unless(size >= 8 + length, f"truncated: is {size} bytes long, its header alone needs {8 + length}")
-            header = file.read(length)
-    except OSError as error:
-        raise InputError(f"{path}: can not be read ({error.strerror}); the checkpoint is incomplete.") from None
-    refuse_unless(header.startswith(b"{"), "its header does not start with '{', so it is no safetensors file")
-
-    table = parse_json(header, f"{path} (header)")
-    metadata = table.pop("__metadata__", {})
-    strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    refuse_unless(strings, "__metadata__ is not a table of strings")
-    tensors: dict[str, StoredTensor] = {}
-    for name, entry in table.items():
-        plain = name and name.isprintable() and ".." not in name and not set(name) & set("/\\")
-        refuse_unless(bool(plain), f"the tensor name {name!r} is empty or not a plain name")
-        keys = set(entry) if isinstance(entry, dict) else set()
-        refuse_unless(keys == _FIELDS, f"{name} has fields {sorted(keys)}, expected {sorted(_FIELDS)}")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        refuse_unless(isinstance(dtype, str) and dtype in _ITEM_BYTES, f"{name} has the unknown dtype {dtype!r}")
-        refuse_unless(_naturals(shape) and 0 not in shape, f"{name} has shape {shape!r}, expected positive integers")
-        refuse_unless(_naturals(offsets) and len(offsets) == 2, f"{name} has data_offsets {offsets!r}, expected two")
-        start, end = offsets
-        expected = math.prod(shape) * _ITEM_BYTES[dtype]
-        refuse_unless(end - start == expected, f"{name} has {end - start} bytes, its dtype and shape need {expected}")
-        begin = 8 + length
-        tensors[name] = StoredTensor(
-            file=path.name, dtype=dtype, shape=tuple(shape), start=begin + start, end=begin + end
-        )
-    position = 8 + length
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-        what = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
-        refuse_unless(tensor.start == position, f"{name} {what}")
-        position = tensor.end
-    word = "truncated: " if size < position else ""
-    refuse_unless(size == position, f"{word}is {size} bytes long, expected {position}")
-    return Shard(file=path.name, size=size, header_sha256=hashlib.sha256(prefix + header).hexdigest(), tensors=tensors)
-
-
-def _naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _read(directory: Path, name: str, what: str) -> bytes:
-    try:
-        return (directory / name).read_bytes()
-    except OSError as error:
-        seen = "is no folder" if not directory.is_dir() else f"has no readable {name} ({error.strerror})"
-        raise InputError(f"{directory}: {seen}; expected {what}.") from None
-
-
-def _shard_files(directory: Path) -> tuple[dict[str, set[str]], list[str]]:
-    """The shards with the tensors the index promises in each, and the safetensors files the index does not know."""
-    found = sorted(path.name for path in directory.glob("*.safetensors"))
-    if (directory / INDEX).exists():
-        source = str(directory / INDEX)
-        weight_map = parse_json(_read(directory, INDEX, "its index"), source).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{source}: has no weight_map; expected a table from tensor names to file names.")
-        files: dict[str, set[str]] = {}
-        for name, file in weight_map.items():
-            # The index comes with the download: a path in it could point anywhere.
-            plain = isinstance(file, str) and file.isprintable() and not set(file) & set("/\\")
-            if not plain or not file.endswith(".safetensors"):
-                raise InputError(f"{source}: {name} is in {file!r}, expected a plain file name ending in .safetensors.")
-            files.setdefault(file, set()).add(name)
-        missing = sorted(file for file in files if not (directory / file).exists())
-        if missing:
+    def _read_scale(self, piece: Piece) -> Tensor:
+        assert piece.scale is not None
+        scale = self._read_rows_of(piece.scale, 0, None).float()
+        good = (scale > 0) & (scale <= _LARGEST_SCALE)  # no NaN is
+        if not good.all():
+            index = (~good).nonzero()[0].tolist()
             raise InputError(
-                f"{directory}: {len(missing)} of {len(files)} shards missing ({', '.join(missing[:_LISTED])}); "
-                "finish the download."
+                f"{piece.name} has the scale {scale[tuple(index)].item():g} at {index}, expected a positive number; "
+                "restore the tensor from its source."
             )
-        return files, [file for file in found if file not in files]
-    if SINGLE in found:
-        return {SINGLE: set()}, [file for file in found if file != SINGLE]
-    if found:
-        raise InputError(f"{directory}: has {found[0]} but neither {INDEX} nor {SINGLE}; copy the index as well.")
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
-    if pickles:
-        raise InputError(
-            f"{directory}: has {pickles[0]} but no safetensors; such files can run code when loaded and are never "
-            "opened, so convert the checkpoint to safetensors first."
-        )
-    raise InputError(f"{directory}: has no weights; expected {INDEX} with its shards, or {SINGLE}.")
+        return scale
 
-
-def _index_problems(files: dict[str, set[str]], tensors: dict[str, StoredTensor]) -> Iterator[str]:
-    if set(files) == {SINGLE} and not files[SINGLE]:
-        return  # there is no index
-    listed = {name: file for file, names in files.items() for name in sorted(names)}
-    for name, file in listed.items():
-        if name not in tensors:
-            yield f"{name} is in the index but not in {file}"
-        elif tensors[name].file != file:
-            yield f"{name} is in {tensors[name].file}, not in {file} as the index says"
-    for name, tensor in tensors.items():
-        if tensor.file in files and name not in listed:
-            yield f"{name} is in {tensor.file} but not in the index"
-
-
-def _layout_problems(config: Glm4MoeConfig, tensors: dict[str, StoredTensor]) -> Iterator[str]:
-    """Every tensor that is missing, unexpected, or of another shape or dtype than the layout's."""
-    unexpected = dict(tensors)
-    if config.tie_word_embeddings:
-        for name in TIED:  # as in transformers, a copy that some writers store all the same does not count
-            unexpected.pop(name, None)
-    for parameter in parameters(config).values():
-        packed = parameter.name in tensors
-        first_dtype: str | None = None
-        for name, shape in ({parameter.name: parameter.shape} if packed else parts(parameter)).items():
-            tensor = unexpected.pop(name, None)
-            if tensor is None:
-                yield f"{name} is missing"
-                continue
-            first_dtype = first_dtype or tensor.dtype
-            if tensor.shape != shape:
-                yield f"{name} has shape {list(tensor.shape)}, expected {list(shape)}"
-            if tensor.dtype not in SOURCE_DTYPES:
-                yield f"{name} is {tensor.dtype}, expected one of {', '.join(SOURCE_DTYPES)}"
-            elif tensor.dtype != first_dtype:
-                yield f"{name} is {tensor.dtype}, but other experts of its layer are {first_dtype}"
-    yield from (f"{name} is unexpected" for name in unexpected)
+    def _read_rows_of(self, tensor: StoredTensor, first: int, last: int | None) -> Tensor:
+        """Some rows of a tensor seen as [rows, columns] or [rows]; without `last` all of it, in its own shape."""
+        dtype = SOURCE_DTYPES[tensor.dtype]
+        shape = tensor.shape
+        width = shape[-1] * dtype.itemsize if len(shape) > 1 else dtype.itemsize
+        start, end = tensor.start, tensor.end
+        if last is not None:
+            start, end = tensor.start + first * width, tensor.start + last * width
+            shape = (last - first, *shape[1:][-1:])
+        buffer = torch.empty(end - start, dtype=torch.uint8)
+        path = self.directory / tensor.file
+        with open_regular(path) as (descriptor, stamp):
+            refuse_change(path, self._stamps[tensor.file], stamp)
+            read_into(path, descriptor, start, memoryview(buffer.numpy().data))
+        return buffer.view(dtype).view(shape)

@@ -21,19 +21,23 @@ from typing import NoReturn
 import click
 
 from glm_export.exporter.commands.build import build
+from glm_export.exporter.commands.checkpoint import checkpoint
 from glm_export.exporter.commands.engine import engine
 from glm_export.exporter.commands.inspect import inspect
 from glm_export.exporter.commands.make_checkpoint import make_checkpoint
+from glm_export.exporter.commands.plan import plan
 from glm_export.exporter.commands.run import run
 from glm_export.exporter.commands.validate import validate
 from glm_export.exporter.commands.verify import verify
 from glm_export.exporter.signals import interruptible
-from glm_export.runtime.errors import GlmExportError, InputError, ResourceError, UsageError
+from glm_export.exporter.supervise import supervised
+from glm_export.runtime.errors import GlmExportError, InputError, ResourceError, UsageError, printable
 
 PROGRAM = "glm-export"
 
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, what a shell reports for a program that the signal ended
 _OUT_OF_RESOURCES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_FAILING_DISK = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE)
 
 
 @dataclass
@@ -63,13 +67,16 @@ def cli(settings: Settings, debug: bool) -> None:
     settings.debug = debug
 
 
-for _command in (make_checkpoint, build, engine, run, validate, inspect, verify):
+for _command in (make_checkpoint, plan, build, engine, checkpoint, run, validate, inspect, verify):
     cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script."""
-    sys.exit(execute(sys.argv[1:] if arguments is None else arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--debug" in arguments:
+        sys.exit(execute(arguments))
+    sys.exit(supervised(lambda: execute(arguments), _report))
 
 
 def execute(arguments: Sequence[str]) -> int:
@@ -96,7 +103,7 @@ def _report(error: BaseException) -> int:
         error.show()
         return error.exit_code
     code, sentence = _explain(error)
-    click.echo(f"{PROGRAM}: error: {' '.join(sentence.split())}", err=True)
+    click.echo(f"{PROGRAM}: error: {printable(' '.join(sentence.split()))}", err=True)
     return code
 
 
@@ -115,6 +122,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
         where = f"{error.filename}: " if error.filename is not None else ""
         if error.errno in _OUT_OF_RESOURCES:
             return ResourceError.exit_code, f"{where}{error.strerror}: free some and run the same command again."
+        if error.errno in _FAILING_DISK:
+            return ResourceError.exit_code, f"{where}{error.strerror}: check the disk and run the same command again."
         return InputError.exit_code, f"{where}{error.strerror}: check the path and its permissions."
     return GlmExportError.exit_code, (
         f"This is a bug in {PROGRAM} ({type(error).__name__}: {error}): please report it with the output of the same "

@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from glm_export.exporter.source_file import read_text_file
 from glm_export.runtime import strict_json
 from glm_export.runtime.contract import COMPUTE_DTYPES, OPTIONAL_OUTPUTS, Contract, LogitsMode
 from glm_export.runtime.errors import InputError, UsageError
@@ -42,7 +43,7 @@ ALIASES = {
 ROPE_TABLES = ("rope_parameters", "rope_scaling")  # new and old name
 ROPE_FIELDS = ("rope_theta", "partial_rotary_factor")
 
-# What transformers writes into config.json and no forward pass reads, and what _check_architecture has looked at.
+# What transformers writes into config.json and no forward pass reads, and what is looked at elsewhere.
 BOOKKEEPING_KEYS = (
     *("architectures", "model_type", "quantization_config", "transformers_version", "_name_or_path", "_commit_hash"),
     *("_attn_implementation", "_attn_implementation_autoset", "_experts_implementation", "tokenizer_class", "prefix"),
@@ -51,6 +52,10 @@ BOOKKEEPING_KEYS = (
 )
 
 _LARGEST = {"num_hidden_layers": 4096, "n_routed_experts": 4096}  # a bound on the work a hostile config can ask for
+_LISTED = 10
+_LONGEST_KEY = 100  # of those that are shown and compared with the known ones
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _LONGEST_KEY
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}
 
 
@@ -162,10 +167,11 @@ class Glm4MoeConfig:
                 if not (key in known or key in BOOKKEEPING_KEYS or key in ignore or value is None or value is False)
             ]
             if unknown:
-                hints = ", ".join(key_and_hint(key, [*known, *ALIASES, *ROPE_TABLES]) for key in unknown)
+                hints = ", ".join(key_and_hint(key, [*known, *ALIASES, *ROPE_TABLES]) for key in unknown[:_LISTED])
+                more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
                 raise InputError(
-                    f"unknown {plural('key', unknown)} {hints}; correct it, or, if it does not change what the model "
-                    f"computes, accept it with --ignore-config-key {unknown[0]}."
+                    f"unknown {plural('key', unknown)} {hints}{more}; correct it, or, if it does not change what the "
+                    f"model computes, accept it with --ignore-config-key {unknown[0][:_LONGEST_KEY]}."
                 )
             given = {key: value for key, value in table.items() if key in known and value is not None}
             missing = [name for name, field in known.items() if field.default is MISSING and name not in given]
@@ -186,10 +192,7 @@ class Glm4MoeConfig:
             InputError: unreadable, not JSON, or as `from_dict`.
         """
         path = Path(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{path}: can not be read ({error.strerror}); expected the model's config.json.") from None
+        data, _ = read_text_file(path)
         return cls.from_dict(parse_json(data, str(path)), source=str(path), ignore=ignore)
 
     def to_hf_dict(self) -> dict[str, Any]:
@@ -278,8 +281,8 @@ def check_type(name: str, value: object, kind: str) -> object:
 
 def key_and_hint(key: str, known: Iterable[str]) -> str:
     """The key in quotes, with the known one that it resembles."""
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return repr(key) + (f" (did you mean {close[0]!r}?)" if close else "")
+    close = difflib.get_close_matches(key, list(known), n=1) if len(key) <= _LONGEST_KEY else []
+    return _SHORT.repr(key) + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
 def plural(noun: str, things: Collection[object]) -> str:
@@ -297,11 +300,6 @@ def _check_architecture(mapping: Mapping[str, Any]) -> None:
     if architectures is not None and architectures != [ARCHITECTURE]:
         raise InputError(
             f"architectures is {reprlib.repr(architectures)}, expected [{ARCHITECTURE!r}]; use that class."
-        )
-    if mapping.get("quantization_config") is not None:
-        raise InputError(
-            "quantization_config is present, but FP8 and other quantized checkpoints are not read yet; "
-            "use the BF16 checkpoint and build with --precision fp8."
         )
 
 
@@ -357,6 +355,8 @@ def _check(c: Glm4MoeConfig) -> None:
         _expect(low <= getattr(c, name) <= high, f"{name} is {reprlib.repr(getattr(c, name))}", f"{low} to {high}")
     for name in ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scaling_factor"):
         _expect(getattr(c, name) > 0, f"{name} is {getattr(c, name)}", "a positive number")
+    factor = c.partial_rotary_factor
+    _expect(factor < 2**31, f"partial_rotary_factor is {factor}", "at most 1")
     _expect(c.hidden_act == "silu", f"hidden_act is {c.hidden_act!r}", "'silu'")
     _expect(c.dtype in DTYPES, f"dtype is {c.dtype!r}", f"one of {', '.join(DTYPES)}")
     heads = (

@@ -70,20 +70,29 @@ def parameters(config: Glm4MoeConfig) -> dict[str, Parameter]:
     return {parameter.name: parameter for parameter in found}
 
 
-def mtp_parameters(config: Glm4MoeConfig) -> dict[str, Parameter]:
-    """The parameters of the multi-token-prediction layers: a MoE decoder layer each, and what feeds and ends it."""
-    D = config.hidden_size
-    found = [
-        parameter
-        for i in config.mtp_layers
-        for parameter in (
-            *_layer(config, i),
-            Parameter(name=f"{LAYER_PREFIX}{i}.enorm.weight", shape=(D,), kind="norm"),
-            Parameter(name=f"{LAYER_PREFIX}{i}.hnorm.weight", shape=(D,), kind="norm"),
-            Parameter(name=f"{LAYER_PREFIX}{i}.eh_proj.weight", shape=(D, 2 * D), kind="linear"),
-            Parameter(name=f"{LAYER_PREFIX}{i}.shared_head.norm.weight", shape=(D,), kind="norm"),
-        )
-    ]
+def mtp_parameters(config: Glm4MoeConfig, *, duplicates: bool = False) -> dict[str, Parameter]:
+    """The parameters of the multi-token-prediction layers: a MoE decoder layer each, and what feeds and ends it.
+
+    Args:
+        config: the architecture.
+        duplicates: with the copies of embedding and head that some releases store in such a layer.
+    """
+    D, V = config.hidden_size, config.vocab_size
+    found: list[Parameter] = []
+    for i in config.mtp_layers:
+        prefix = f"{LAYER_PREFIX}{i}"
+        found += _layer(config, i)
+        found += [
+            Parameter(name=f"{prefix}.enorm.weight", shape=(D,), kind="norm"),
+            Parameter(name=f"{prefix}.hnorm.weight", shape=(D,), kind="norm"),
+            Parameter(name=f"{prefix}.eh_proj.weight", shape=(D, 2 * D), kind="linear"),
+            Parameter(name=f"{prefix}.shared_head.norm.weight", shape=(D,), kind="norm"),
+        ]
+        if duplicates:
+            found += [
+                Parameter(name=f"{prefix}.embed_tokens.weight", shape=(V, D), kind="embedding"),
+                Parameter(name=f"{prefix}.shared_head.head.weight", shape=(V, D), kind="lm_head"),
+            ]
     return {parameter.name: parameter for parameter in found}
 
 

@@ -5,6 +5,7 @@ Everything goes to stderr; stdout is for results.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,10 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, total_bytes: int | None = None) -> Iterator[Advance]:
-        """Shows a stage while it runs; the function it gives takes the number of bytes done since the last call."""
+        """Shows a stage while it runs.
+
+        The function it gives takes the number of bytes done since the last call, from any thread.
+        """
         started = time.monotonic()
         if self._console.is_terminal and not self._quiet:
             with self._bar(total_bytes) as bar:
@@ -61,14 +65,16 @@ class Reporter:
 
     def _lines(self, title: str, total_bytes: int | None) -> Advance:
         done_bytes, last = 0, time.monotonic()
+        lock = threading.Lock()
 
         def advance(done: int) -> None:
             nonlocal done_bytes, last
-            done_bytes += done
-            if total_bytes and time.monotonic() - last > _LINE_EVERY_S:
-                last = time.monotonic()
-                percent = 100 * done_bytes / total_bytes
-                self.note(f"{title}: {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB ({percent:.0f}%)")
+            with lock:
+                done_bytes += done
+                if total_bytes and time.monotonic() - last > _LINE_EVERY_S:
+                    last = time.monotonic()
+                    percent = 100 * done_bytes / total_bytes
+                    self.note(f"{title}: {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB ({percent:.0f}%)")
 
         return advance
 

@@ -6,12 +6,12 @@ Built-in recipes are the files of `glm_export.recipes`; a recipe may extend anot
 from __future__ import annotations
 
 import importlib.resources
+import os
 import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from dataclasses import field as with_default
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -24,6 +24,7 @@ from glm_export.exporter.config import (
     key_and_hint,
     plural,
 )
+from glm_export.exporter.source_file import read_text_file
 from glm_export.runtime.contract import COMPUTE_DTYPES, OPTIONAL_OUTPUTS, LogitsMode
 from glm_export.runtime.errors import InputError, UsageError
 
@@ -36,8 +37,12 @@ CacheDtype = Literal["compute", "fp8"]
 ExpertsForm = Literal["plugin", "trt_moe"]
 _TEXTS = ("LogitsMode", "CacheDtype", "ExpertsForm")
 
-# Nothing of the architecture: the training leftovers, and the dtype, which each stored tensor has for itself.
-_NOT_COMPARED = ("dtype", "initializer_range", "attention_dropout", "use_cache", "output_router_logits")
+# Nothing that is built: training leftovers, the dtype, which each stored tensor has for itself, and the layers for
+# multi-token prediction, which some checkpoints come without.
+_NOT_COMPARED = (
+    *("dtype", "initializer_range", "attention_dropout", "use_cache", "output_router_logits"),
+    "num_nextn_predict_layers",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +239,7 @@ def _resolve(name: str, folder: Path, children: tuple[str, ...]) -> dict[str, An
     """The table of a recipe merged over the one it extends. Paths are relative to the extending file's folder."""
     path = folder / name
     is_path = name.endswith(".toml")
-    identity = str(path.resolve()) if is_path else name
+    identity = os.path.realpath(path) if is_path and "\0" not in name else name
     if identity in children:
         raise UsageError(f"recipe {name} extends itself ({' -> '.join((*children, identity))}); remove one `extends`.")
     if not is_path and name not in builtin_recipes():
@@ -242,9 +247,12 @@ def _resolve(name: str, folder: Path, children: tuple[str, ...]) -> dict[str, An
             f"recipe {key_and_hint(name, builtin_recipes())} does not exist; expected a path ending in .toml or one of "
             f"{', '.join(builtin_recipes())}."
         )
-    file: Traversable = path if is_path else importlib.resources.files("glm_export.recipes") / f"{name}.toml"
+    builtin = importlib.resources.files("glm_export.recipes") / f"{name}.toml"
     try:
-        table = tomllib.loads(file.read_bytes().decode("utf-8"))
+        data = read_text_file(path)[0] if is_path else builtin.read_bytes()
+        table = tomllib.loads(data.decode("utf-8"))
+    except InputError as error:
+        raise UsageError(f"recipe {error}") from None
     except OSError as error:
         raise UsageError(f"recipe {path}: can not be read ({error.strerror}); check the path.") from None
     except ValueError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,7 @@ from glm_export.exporter.weights import bundle_config, read_bundle, reference_of
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.contract import COMPUTE_DTYPES
 from glm_export.runtime.engine_info import ENGINE_TARGETS
-from glm_export.runtime.errors import InputError, UsageError
+from glm_export.runtime.errors import InputError, IntegrityError, UsageError
 from glm_export.runtime.files import write_text_durably
 from glm_export.runtime.generate import decode_step, prefill
 from glm_export.runtime.open import open_session
@@ -150,6 +151,7 @@ def validate(
 
     Raises:
         InputError: the checkpoint is needed and is missing, or is another one.
+        IntegrityError: the bundle does not say where it is from, or its reports would go elsewhere.
         AccuracyError: logits that are not finite.
         UsageError: a number below 1.
     """
@@ -158,6 +160,7 @@ def validate(
     bundle.require_weights()
     # Before anything that takes long.
     source = _source(bundle, checkpoint) if drift else None
+    path = report_path(bundle)
 
     prompt_ids = random_prompts(bundle.manifest.contract.vocab_size, rows, longest, seed)
     with (
@@ -189,21 +192,35 @@ def validate(
         drift=None if fp32 is None else Comparison.of("engine - fp32 reference (drift)", engine, fp32),
         verdict=Verdict.of(comparison, noise, overall=overall, per_line=per_line),
     )
-    path = bundle.directory / REPORT
-    path.parent.mkdir(exist_ok=True)
     write_text_durably(path, json.dumps(report.to_dict(), indent=1))
     return report
 
 
+def report_path(bundle: Bundle, report: str = REPORT) -> Path:
+    """Where a report goes: never through a link, which could lead out of the bundle.
+
+    Raises:
+        IntegrityError: it would.
+    """
+    path = bundle.directory / report
+    with suppress(FileExistsError):
+        path.parent.mkdir()
+    if path.parent.is_symlink() or not path.parent.is_dir():
+        raise IntegrityError(f"{path.parent} is no folder of the bundle, but a link or a file: remove it.")
+    return path
+
+
 def _source(bundle: Bundle, given: Path | None) -> Checkpoint:
     identity = dict(bundle.manifest.source)
-    path = given or Path(identity.pop("path"))
+    recorded, ignored = identity.pop("path", None), identity.get("ignored_config_keys", [])
+    if not isinstance(recorded, str) or not isinstance(ignored, list):
+        raise IntegrityError(f"The manifest of {bundle.directory} does not say what it was built from: use --no-drift.")
+    path = given or Path(recorded)
     if not path.is_dir():
         raise InputError(
             f"The checkpoint is no longer at {path}: say where it is with --checkpoint, or leave the drift out with "
             "--no-drift."
         )
-    ignored = identity.get("ignored_config_keys", ())
     checkpoint = Checkpoint.open(path, ignored)
     seen = checkpoint.identity()
     if any(seen[key] != identity.get(key) for key in seen):

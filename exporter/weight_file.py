@@ -8,7 +8,9 @@ do not give that by themselves, a named padding tensor does, because the safeten
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,14 +54,28 @@ class WeightFile:
     size: int
 
     @classmethod
-    def plan(cls, group: str, tensors: Iterable[WeightTensor]) -> WeightFile:
-        """Lays out the tensors of a group."""
+    def plan(
+        cls,
+        path: str,
+        tensors: Iterable[WeightTensor],
+        *,
+        alignment: int = ALIGNMENT,
+        metadata: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> WeightFile:
+        """Lays out tensors.
+
+        Args:
+            path: of the file, as its locations name it.
+            tensors: in model order.
+            alignment: of every tensor, in bytes; 1 needs no padding.
+            metadata: for the `__metadata__` of the format.
+        """
         ordered = sorted(tensors, key=lambda tensor: tensor.small)  # stable: otherwise in model order
-        entries: dict[str, object] = {}
+        entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         starts: dict[str, int] = {}
         end = 0
         for tensor in ordered:
-            if gap := -end % ALIGNMENT:
+            if gap := -end % alignment:
                 entries[f"{PADDING}{len(entries)}"] = _entry("U8", (gap,), end, end + gap)
                 end += gap
             starts[tensor.name] = end
@@ -69,7 +85,6 @@ class WeightFile:
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         header = len(text).to_bytes(8, "little") + text
-        path = f"{FOLDER}/{group}.safetensors"
         return cls(
             path=path,
             header=header,
@@ -87,13 +102,13 @@ class WeightFile:
         The small tensors are kept until the large ones are written.
         """
         # Allocated at once: small blocks kept between large temporary ones would leave the heap full of holes.
-        small = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in self.tensors if t.small}
+        small = {t.name: torch.empty(math.prod(t.shape), dtype=t.dtype) for t in self.tensors if t.small}
         filled = dict.fromkeys(small, 0)
         writer.write(self.header)
         for name, block in pieces:
             if name in small:
-                small[name][filled[name] : filled[name] + len(block)] = block
-                filled[name] += len(block)
+                small[name][filled[name] : filled[name] + block.numel()] = block.view(-1)
+                filled[name] += block.numel()
             else:
                 self._append(writer, name, block)
         for name, tensor in small.items():

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from glm_export.runtime.errors import InputError, IntegrityError
-from glm_export.runtime.files import Progress, resolve_inside, sha256_of
+from glm_export.runtime.files import Progress, fits_page_cache, resolve_inside, sha256_of
 from glm_export.runtime.manifest import MANIFEST_NAME, Manifest
 from glm_export.runtime.strict_json import parse_json
 
 Check = Literal["manifest", "size", "full"]
 """How much `Bundle.open` checks: only the manifest; or the sizes of all files, and the hashes of all but weights and
 engines (a target hashes its engine before it loads it); or the sizes and hashes of all files."""
+
+_Stamp = tuple[int, int, int, int, int]
 
 JOURNAL_NAME = "journal.json"
 MODEL_NAME = "model.onnx"
@@ -55,15 +58,25 @@ class Bundle:
 
     directory: Path
     manifest: Manifest
+    _hashed: dict[str, _Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Files whose hash was found right, with what would change if they were written to or replaced since."""
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], check: Check = "size", progress: Progress | None = None) -> Bundle:
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        check: Check = "full",
+        progress: Progress | None = None,
+        *,
+        threads: int | None = None,
+    ) -> Bundle:
         """Opens a bundle and checks its files.
 
         Args:
             directory: the bundle.
-            check: how much to check, see `Check`.
-            progress: is told the bytes hashed.
+            check: how much to check, see `Check`. Each file is hashed once, however often it is asked for later.
+            progress: is told the bytes hashed, from several threads.
+            threads: how many files are hashed at once; as many as there are CPUs when None.
 
         Raises:
             InputError: this is no bundle, or its build did not finish.
@@ -76,8 +89,15 @@ class Bundle:
         if check != "manifest":
             if MODEL_NAME not in bundle.manifest.files:
                 raise IntegrityError(f"The manifest of {root} lists no {MODEL_NAME}: build the bundle again.")
-            for path in bundle.manifest.files:
-                bundle.file(path, hashed=check == "full" or not path.startswith(_BIG_FOLDERS), progress=progress)
+            with _pool(threads) as pool:
+                checked = pool.map(
+                    lambda path: bundle.file(
+                        path, hashed=check == "full" or not path.startswith(_BIG_FOLDERS), progress=progress
+                    ),
+                    bundle.manifest.files,
+                )
+                for _ in checked:  # raises in the order of the manifest what a check raised
+                    pass
         return bundle
 
     def require_weights(self) -> None:
@@ -133,35 +153,53 @@ class Bundle:
         if record is None:
             raise IntegrityError(f"{path} is not in the manifest of {self.directory}: build the bundle again.")
         place = resolve_inside(self.directory, path)
-        size = place.stat().st_size
+        stamp = _stamp(place)
+        size = stamp[2]
         if size != record.size:
             raise IntegrityError(
                 f"{place} has {size} bytes, the manifest says {record.size}: copy the bundle again, or build it again."
             )
-        if hashed and (seen := sha256_of(place, progress)) != record.sha256:
-            raise IntegrityError(
-                f"{place} has sha256 {seen[:12]}..., the manifest says {record.sha256[:12]}...: "
-                "copy the bundle again, or build it again."
-            )
+        if hashed and self._hashed.get(path) != stamp:
+            if (seen := self._sha256(place, progress)) != record.sha256:
+                raise IntegrityError(
+                    f"{place} has sha256 {seen[:12]}..., the manifest says {record.sha256[:12]}...: "
+                    "copy the bundle again, or build it again."
+                )
+            self._hashed[path] = stamp
         return place
 
-    def verify(self, progress: Progress | None = None) -> VerifyReport:
-        """Hashes every file, and looks for files that nobody listed; reports all problems instead of the first."""
-        good = size = 0
-        problems = []
-        for path, record in self.manifest.files.items():
-            try:
-                self.file(path, progress=progress)
-            except IntegrityError as error:
-                problems.append(FileProblem(path=path, kind=self._kind_of_problem(path), message=str(error)))
-            else:
-                good, size = good + 1, size + record.size
+    def verify(self, progress: Progress | None = None, *, threads: int | None = None) -> VerifyReport:
+        """Hashes every file, and looks for files that nobody listed; reports all problems instead of the first.
+
+        Args:
+            progress: is told the bytes hashed, from several threads.
+            threads: how many files are hashed at once; as many as there are CPUs when None.
+        """
+        self._hashed.clear()
+        with _pool(threads) as pool:
+            outcomes = [*pool.map(lambda path: self._problem(path, progress), self.manifest.files)]
+        problems = [problem for problem in outcomes if problem]
+        good = [
+            record.size
+            for record, problem in zip(self.manifest.files.values(), outcomes, strict=True)
+            if problem is None
+        ]
         problems += [
             FileProblem(path=path, kind="unexpected", message=f"{self.directory / path} is not in the manifest.")
             for path in sorted(self._found())
             if path not in self.manifest.files
         ]
-        return VerifyReport(files=good, bytes=size, problems=tuple(problems))
+        return VerifyReport(files=len(good), bytes=sum(good), problems=tuple(problems))
+
+    def _sha256(self, place: Path, progress: Progress | None) -> str:
+        return sha256_of(place, progress, forget=not fits_page_cache(self.total_bytes))
+
+    def _problem(self, path: str, progress: Progress | None) -> FileProblem | None:
+        try:
+            self.file(path, progress=progress)
+        except IntegrityError as error:
+            return FileProblem(path=path, kind=self._kind_of_problem(path), message=str(error))
+        return None
 
     def _listed(self, path: str) -> Path | None:
         return self.directory / path if path in self.manifest.files else None
@@ -184,3 +222,12 @@ class Bundle:
                 being_built = path.startswith("engines/") and path.split("/")[1].endswith(BUILDING)
                 if path not in (MANIFEST_NAME, JOURNAL_NAME) and not path.startswith(_REPORTS) and not being_built:
                     yield path
+
+
+def _pool(threads: int | None) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="sha256")
+
+
+def _stamp(path: Path) -> _Stamp:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -47,7 +47,7 @@ class LockedError(GlmExportError):
 
 
 class IntegrityError(GlmExportError):
-    """A bundle file is not what the manifest says (8)."""
+    """A bundle file is not what the manifest says, or a checkpoint changes while it is read (8)."""
 
     exit_code = 8
 
@@ -61,3 +61,8 @@ def missing_library(who: str, library: str, *, extra: str) -> BackendError:
         extra: the extra of this package that installs it.
     """
     return BackendError(f'{who} needs the library {library}: pip install "glm-export[{extra}]".')
+
+
+def printable(text: str) -> str:
+    """The text with all that is not printable escaped: names in files of others could hold a terminal's commands."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

@@ -8,6 +8,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +19,11 @@ from glm_export.runtime.errors import IntegrityError, ResourceError
 Progress = Callable[[int], None]
 """Is told the number of bytes done since the last call."""
 
-_CHUNK = 4 << 20
+_CHUNK = 1 << 20  # stays in the second-level cache between reading and hashing
+_LONGEST_PATH = 1024
+_WORTH_A_THREAD = 1 << 20  # bytes whose hashing takes far longer than handing them over
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FAILS = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +34,29 @@ class FileRecord:
     sha256: str
 
 
-def sha256_of(path: Path, progress: Progress | None = None) -> str:
-    """Returns the sha256 of a file in lower-case hex."""
+def sha256_of(path: Path, progress: Progress | None = None, *, forget: bool = False) -> str:
+    """Returns the sha256 of a file in lower-case hex.
+
+    Args:
+        path: the file.
+        progress: is told the bytes hashed.
+        forget: drop the file from the page cache on the way, whose pages then serve again instead of ever new ones.
+    """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
+            if forget:
+                os.posix_fadvise(file.fileno(), 0, file.tell(), os.POSIX_FADV_DONTNEED)
             if progress:
                 progress(size)
     return digest.hexdigest()
+
+
+def fits_page_cache(size: int) -> bool:
+    """Whether so many bytes take at most half of the memory, and may well stay there for whoever reads them next."""
+    return size <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 class HashingWriter:
@@ -49,7 +66,7 @@ class HashingWriter:
     file and renames it, leaving with one removes it. `size` counts what was written, `record` is known after success.
 
     Raises:
-        ResourceError: the disk is full (also on leaving, where delayed writes are reported).
+        ResourceError: the disk is full or fails (also on leaving, where delayed writes are reported).
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,6 +74,7 @@ class HashingWriter:
         self.size = 0
         self._temporary = path.with_name(path.name + ".tmp")
         self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")  # starts its thread when it has work
         self._file: BinaryIO | None = None
         self._done = False
 
@@ -77,26 +95,43 @@ class HashingWriter:
         return FileRecord(size=self.size, sha256=self.sha256)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Appends bytes (any contiguous buffer)."""
+        """Appends bytes (any contiguous buffer); much at once is hashed while it is written."""
         if self._file is None:
             raise RuntimeError(f"{self.path.name} is not open for writing")
         view = memoryview(data).cast("B")
-        with _disk_full_is_a_resource_error(self.path):
-            self._file.write(view)
-        self._digest.update(view)
+        if len(view) < _WORTH_A_THREAD:
+            self._digest.update(view)
+            self._append(view)
+        else:
+            hashed = self._hasher.submit(self._digest.update, view)
+            try:
+                self._append(view)
+            finally:
+                hashed.result()
         self.size += len(view)
 
+    def _append(self, view: memoryview) -> None:
+        assert self._file is not None
+        with write_errors(self.path):
+            self._file.write(view)
+            if len(view) >= _WORTH_A_THREAD:
+                # Sends to the disk what was just written, or the sync at the end would have to wait for all of it; and
+                # drops what has arrived there from the page cache, whose pages serve again instead of ever new ones.
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def __enter__(self) -> HashingWriter:
-        self._temporary.unlink(missing_ok=True)  # of a killed build; and a link there must not be written through
-        self._file = self._temporary.open("xb")
+        with write_errors(self.path):
+            self._temporary.unlink(missing_ok=True)  # of a killed build; and a link there must not be written through
+            self._file = self._temporary.open("xb")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         assert self._file is not None
         file, self._file = self._file, None
+        self._hasher.shutdown()
         try:
             if kind is None:
-                with _disk_full_is_a_resource_error(self.path):
+                with write_errors(self.path):
                     file.flush()
                     os.fsync(file.fileno())
                     file.close()
@@ -107,7 +142,8 @@ class HashingWriter:
             with contextlib.suppress(OSError):  # closing flushes once more, which fails again on a full disk
                 file.close()
             if not self._done:
-                self._temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what went wrong before is what counts
+                    self._temporary.unlink(missing_ok=True)
 
 
 def write_text_durably(path: Path, text: str) -> FileRecord:
@@ -127,8 +163,12 @@ def sync_directory(directory: Path) -> None:
 
 
 def is_plain_relative(path: str) -> bool:
-    """Whether a path names something below a root in exactly one way: no root, no `..`, `.`, backslash or NUL."""
-    return path.isprintable() and "\\" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
+    """Whether a path names something below a root in exactly one way: no root, no `..`, `.`, backslash or NUL.
+
+    One that is not printable or longer than any of ours is none either.
+    """
+    harmless = len(path) <= _LONGEST_PATH and path.isprintable() and "\\" not in path
+    return harmless and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
@@ -164,12 +204,18 @@ def resolve_inside(root: Path, relative: str) -> Path:
 
 
 @contextlib.contextmanager
-def _disk_full_is_a_resource_error(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns what a disk reports while `path` is being written into a ResourceError; other errors pass."""
     try:
         yield
     except OSError as error:
+        place = error.filename or path
         if error.errno in _DISK_FULL:
             raise ResourceError(
-                f"No room to write {path} ({error.strerror}): free some space and try again."
+                f"No room to write {place} ({error.strerror}): free some space and run the same command again."
+            ) from error
+        if error.errno in _DISK_FAILS:
+            raise ResourceError(
+                f"{place} can not be written ({error.strerror}): check the disk and run the same command again."
             ) from error
         raise

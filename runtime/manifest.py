@@ -7,8 +7,10 @@ A directory without a manifest is not a bundle (InputError); a manifest that can
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,10 @@ from glm_export.runtime.strict_json import exact, one_of, parse_json, positive, 
 __all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "FileRecord", "Manifest"]
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _LARGEST_MANIFEST = 16 << 20
+_MOST_LAYERS = 4096  # a bound on the work a hostile manifest can ask for
+_SHOWN = 100  # characters of a name
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -74,6 +78,8 @@ class Manifest:
             return cls.from_json(parse_json(path.read_bytes()))
         except ValueError as error:
             _damaged(path, str(error))
+        except RecursionError:
+            _damaged(path, "it is nested too deeply")
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
@@ -91,7 +97,7 @@ class Manifest:
         value["files"] = {path: dataclasses.asdict(record) for path, record in sorted(self.files.items())}
         value["engines"] = {target: list(paths) for target, paths in sorted(self.engines.items())}
         value["eos_token_ids"] = list(self.eos_token_ids)
-        return value
+        return sealed(value)
 
     @classmethod
     def from_json(cls, value: object) -> Manifest:
@@ -108,20 +114,21 @@ class Manifest:
             )
         if version != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {version}, expected {SCHEMA_VERSION}")
-        fields = exact(value, {field.name for field in dataclasses.fields(cls)} | {"bindings"}, "the manifest")
+        own = {field.name for field in dataclasses.fields(cls)}
+        fields = exact(value, own | {"bindings", "sha256"}, "the manifest")
         precision = one_of(fields["precision"], tuple(COMPUTE_DTYPES), "precision")
         contract = _contract(fields["contract"], precision)
         if fields["bindings"] != _binding_tables(contract):
             raise ValueError("bindings are not the ones that contract describes")
         files = _files(fields["files"])
-        return cls(
+        manifest = cls(
             name=typed(fields["name"], str, "name"),
             precision=precision,
             contract=contract,
             recipe=typed(fields["recipe"], dict, "recipe"),
             source=typed(fields["source"], dict, "source"),
             versions={
-                key: typed(item, str, f"versions.{key}")
+                key: typed(item, str, f"versions.{key[:_SHOWN]}")
                 for key, item in typed(fields["versions"], dict, "versions").items()
             },
             weights=typed(fields["weights"], bool, "weights"),
@@ -132,6 +139,16 @@ class Manifest:
             files=files,
             engines=_engines(fields["engines"], files),
         )
+        if sealed(fields)["sha256"] != fields["sha256"]:
+            raise ValueError("its sha256 is not that of its content")
+        return manifest
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the hash of all of it, however it is laid out: so what no other check looks at is covered."""
+    rest = {key: item for key, item in value.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return rest | {"sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
 
 
 def _damaged(path: Path, reason: str) -> NoReturn:
@@ -153,15 +170,20 @@ def _contract(value: object, precision: str) -> Contract:
     fields = dict(exact(value, names, "contract"))
     outputs = tuple(typed(fields["outputs"], list, "contract.outputs"))
     if outputs != tuple(kind for kind in OPTIONAL_OUTPUTS if kind in outputs):
-        raise ValueError(f"contract.outputs is {list(outputs)}, expected some of {list(OPTIONAL_OUTPUTS)} in order")
+        raise ValueError(
+            f"contract.outputs is {reprlib.repr(list(outputs))}, expected some of {list(OPTIONAL_OUTPUTS)} in order"
+        )
     if fields["compute_dtype"] != COMPUTE_DTYPES[precision]:
-        raise ValueError(f"contract.compute_dtype is {fields['compute_dtype']!r}, wrong for precision {precision}")
+        raise ValueError(
+            f"contract.compute_dtype is {reprlib.repr(fields['compute_dtype'])}, wrong for precision {precision}"
+        )
     one_of(fields["logits"], ("last", "all"), "contract.logits")
     typed(fields["inputs_embeds"], bool, "contract.inputs_embeds")
     if typed(fields["first_k_dense_replace"], int, "contract.first_k_dense_replace") < 0:
         raise ValueError("contract.first_k_dense_replace is negative")
     for name in names - {"outputs", "compute_dtype", "logits", "inputs_embeds", "first_k_dense_replace"}:
-        positive(fields[name], f"contract.{name}")
+        if positive(fields[name], f"contract.{name}") > (_MOST_LAYERS if name == "num_hidden_layers" else 2**31 - 1):
+            raise ValueError(f"contract.{name} is larger than that of any model")
     return Contract(**fields | {"outputs": outputs})
 
 
@@ -169,7 +191,7 @@ def _files(value: object) -> dict[str, FileRecord]:
     files = {}
     for path, item in typed(value, dict, "files").items():
         if not is_plain_relative(path) or path == MANIFEST_NAME:
-            raise ValueError(f"the file name {path!r} is not a plain path inside the bundle")
+            raise ValueError(f"the file name {reprlib.repr(path)} is not a plain path inside the bundle")
         fields = exact(item, {"size", "sha256"}, f"files.{path}")
         size, sha256 = typed(fields["size"], int, f"{path}: size"), typed(fields["sha256"], str, f"{path}: sha256")
         if size < 0 or not _SHA256.fullmatch(sha256):
@@ -181,10 +203,10 @@ def _files(value: object) -> dict[str, FileRecord]:
 def _engines(value: object, files: Mapping[str, FileRecord]) -> dict[str, tuple[str, ...]]:
     engines = {}
     for target, paths in typed(value, dict, "engines").items():
-        engines[target] = tuple(typed(paths, list, f"engines.{target}"))
+        engines[target] = tuple(typed(paths, list, f"engines.{target[:_SHOWN]}"))
         for path in engines[target]:
             if not isinstance(path, str) or path not in files:
-                raise ValueError(f"the engine file {path!r} of {target} is not listed in files")
+                raise ValueError(f"the engine file {reprlib.repr(path)} of {target[:_SHOWN]} is not listed in files")
     return engines
 
 

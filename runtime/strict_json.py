@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Collection
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 256
 
 
 class DuplicateKeyError(ValueError):
@@ -27,7 +31,9 @@ def parse_json(data: bytes, *, constants: bool = False) -> object:
     """
     refuse = None if constants else _no_constants
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=refuse)
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=refuse, parse_int=_integer
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -42,7 +48,7 @@ def exact(value: object, names: Collection[str], where: str) -> dict[str, Any]:
     if missing := sorted(set(names) - fields.keys()):
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     if unknown := sorted(fields.keys() - set(names)):
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}")
+        raise ValueError(f"{where} has the unknown key {_SHORT.repr(unknown[0])}")
     return fields
 
 
@@ -58,14 +64,14 @@ def positive(value: object, where: str) -> int:
     """The value, if it is a whole number of 1 or more; otherwise a ValueError."""
     number = typed(value, int, where)
     if number < 1:
-        raise ValueError(f"{where} is {number}, expected 1 or more")
+        raise ValueError(f"{where} is {_SHORT.repr(number)}, expected 1 or more")
     return number
 
 
 def one_of(value: object, choices: Collection[str], where: str) -> str:
     """The value, if it is one of the choices; otherwise a ValueError."""
     if value not in choices:
-        raise ValueError(f"{where} is {value!r}, expected one of {', '.join(choices)}")
+        raise ValueError(f"{where} is {_SHORT.repr(value)}, expected one of {', '.join(choices)}")
     return str(value)
 
 
@@ -73,8 +79,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise DuplicateKeyError(f"the key {twice!r} appears twice")
+        raise DuplicateKeyError(f"the key {_SHORT.repr(twice)} appears twice")
     return result
+
+
+def _integer(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)  # no integer has this sign: what is one here must be one everywhere
 
 
 def _no_constants(name: str) -> NoReturn:

@@ -60,7 +60,7 @@ def engine(
     from glm_export.runtime.engine_info import EngineInfo
 
     reporter = Reporter(quiet=quiet)
-    bundle = Bundle.open(bundle_path)
+    bundle = Bundle.open(bundle_path, check="size")  # the builder hashes the weights
     recipe = Recipe.from_dict(bundle.manifest.recipe)
     recipe = dataclasses.replace(recipe, target=target, engine=dataclasses.replace(recipe.engine, **choices))
     build_engine(
@@ -74,7 +74,7 @@ def engine(
         reporter,
         replaces=replaces,
     )
-    info = EngineInfo.read(Bundle.open(bundle_path), target)
+    info = EngineInfo.read(Bundle.open(bundle_path, check="size"), target)
     if as_json:
         print_json({"path": str(bundle_path)} | info.to_json())
     else:

@@ -11,7 +11,7 @@ import click
 
 from glm_export.exporter.commands.options import PATH, bundle_argument, json_option, print_json, size
 from glm_export.runtime.engine_info import ENGINE_TARGETS
-from glm_export.runtime.errors import UsageError
+from glm_export.runtime.errors import UsageError, printable
 
 
 @click.command()
@@ -31,7 +31,7 @@ def inspect(bundle_path: Path, target: str | None, save_onnx: Path | None, as_js
 
     from glm_export.runtime.bundle import Bundle
 
-    bundle = Bundle.open(bundle_path)
+    bundle = Bundle.open(bundle_path, check="size")
     if target:
         from glm_export.exporter.tensorrt.inspect import inspect_network, save_graph
 
@@ -45,7 +45,7 @@ def inspect(bundle_path: Path, target: str | None, save_onnx: Path | None, as_js
     if as_json:
         print_json(found)
     else:
-        click.echo("\n".join(lines(found)))
+        click.echo("\n".join(map(printable, lines(found))))
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from glm_export.exporter.recipe import TARGETS
 from glm_export.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from glm_export.exporter.progress import Reporter
+    from glm_export.runtime.bundle import Bundle
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -20,6 +24,9 @@ bundle_argument = click.argument("bundle_path", metavar="BUNDLE", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 threads_option = click.option("--threads", type=COUNT, metavar="N", help="CPU threads.")
+trust_size_option = click.option(
+    "--trust-size", is_flag=True, help="Check the weights by size only: faster, and a damaged file goes unnoticed."
+)
 target_option = click.option(
     "--target", type=click.Choice(TARGETS), default=DEFAULT_TARGET, show_default=True, help="The engine to run."
 )
@@ -57,6 +64,17 @@ def capabilities(sm: tuple[str, ...], target: str) -> tuple[str, ...]:
     if target != "tensorrt-rtx":
         raise UsageError(f"--sm is for the target tensorrt-rtx, not for {target}: leave it out.")
     return tuple(f"{item[:-1]}.{item[-1]}" if item.isdecimal() else item for item in sm)
+
+
+def open_bundle(path: Path, reporter: Reporter, *, trust_size: bool, threads: int | None = None) -> Bundle:
+    """Opens a bundle to use it: every file is hashed first, unless the user trusts the sizes of the large ones."""
+    from glm_export.runtime.bundle import Bundle
+
+    if trust_size:
+        return Bundle.open(path, check="size")
+    total = Bundle.open(path, check="manifest").total_bytes
+    with reporter.stage("checking the bundle", total) as advance:
+        return Bundle.open(path, progress=advance, threads=threads)
 
 
 def print_json(value: object) -> None:

@@ -16,10 +16,12 @@ from glm_export.exporter.commands.options import (
     CommaSeparated,
     bundle_argument,
     json_option,
+    open_bundle,
     print_json,
     quiet_option,
     target_option,
     threads_option,
+    trust_size_option,
 )
 from glm_export.runtime.errors import InputError, UsageError
 
@@ -50,6 +52,7 @@ _DEFAULT_NEW_TOKENS = 128
     metavar="FILE.npy",
     help="float32 [steps, vocabulary]: one row for every token chosen, a stop token included; prompt after prompt.",
 )
+@trust_size_option
 @quiet_option
 @json_option
 def run(
@@ -65,6 +68,7 @@ def run(
     threads: int | None,
     ignore_eos: bool,
     save_logits: Path | None,
+    trust_size: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -83,13 +87,12 @@ def run(
     import numpy as np
 
     from glm_export.exporter.progress import Reporter
-    from glm_export.runtime.bundle import Bundle
     from glm_export.runtime.generate import generate
     from glm_export.runtime.open import default_batch, open_session
     from glm_export.runtime.text import Text
 
     reporter = Reporter(quiet=quiet)
-    bundle = Bundle.open(bundle_path)
+    bundle = open_bundle(bundle_path, reporter, trust_size=trust_size, threads=threads)
     text = Text.open(bundle) if texts or bundle.tokenizer_path else None
     prompts = [*(text.encode(_encodable(prompt)) for prompt in texts if text), *map(list, ids)]
     streamed = _Streamed(text) if text and len(prompts) == 1 and not as_json else None

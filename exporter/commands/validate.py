@@ -13,10 +13,12 @@ from glm_export.exporter.commands.options import (
     PATH,
     bundle_argument,
     json_option,
+    open_bundle,
     print_json,
     quiet_option,
     target_option,
     threads_option,
+    trust_size_option,
 )
 from glm_export.exporter.recipe import TARGETS
 from glm_export.runtime.errors import AccuracyError, UsageError, missing_library
@@ -44,6 +46,7 @@ AGAINST = (*TARGETS, "portable")
 )
 @click.option("--save-outputs", type=PATH, metavar="FILE.json", help="With --against: both logits, for polygraphy.")
 @threads_option
+@trust_size_option
 @quiet_option
 @json_option
 def validate(
@@ -58,6 +61,7 @@ def validate(
     against: str | None,
     save_outputs: Path | None,
     threads: int | None,
+    trust_size: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -73,6 +77,7 @@ def validate(
         _against(
             bundle_path,
             as_json=as_json,
+            trust_size=trust_size,
             target=target,
             against=against,
             prompts=prompts,
@@ -89,10 +94,10 @@ def validate(
 
     from glm_export.exporter.progress import Reporter
     from glm_export.exporter.validate import validate
-    from glm_export.runtime.bundle import Bundle
 
+    reporter = Reporter(quiet=quiet)
     report = validate(
-        Bundle.open(bundle_path),
+        open_bundle(bundle_path, reporter, trust_size=trust_size, threads=threads),
         target=target,
         checkpoint=checkpoint,
         drift=drift,
@@ -101,24 +106,25 @@ def validate(
         steps=steps,
         seed=seed,
         threads=threads,
-        reporter=Reporter(quiet=quiet),
+        reporter=reporter,
     )
     _show(report, as_json=as_json)
     if not report.passed:
         raise AccuracyError(f"{bundle_path} is further from the reference than its tolerances: see the report.")
 
 
-def _against(bundle_path: Path, *, as_json: bool, quiet: bool, target: str, against: str, **choices: Any) -> None:
+def _against(
+    bundle_path: Path, *, as_json: bool, trust_size: bool, quiet: bool, target: str, against: str, **choices: Any
+) -> None:
     if importlib.util.find_spec("polygraphy") is None:
         raise missing_library("--against", "polygraphy", extra="polygraphy")
 
     from glm_export.exporter.against import validate_against
     from glm_export.exporter.progress import Reporter
-    from glm_export.runtime.bundle import Bundle
 
-    report = validate_against(
-        Bundle.open(bundle_path), target=target, against=against, reporter=Reporter(quiet=quiet), **choices
-    )
+    reporter = Reporter(quiet=quiet)
+    bundle = open_bundle(bundle_path, reporter, trust_size=trust_size, threads=choices["threads"])
+    report = validate_against(bundle, target=target, against=against, reporter=reporter, **choices)
     _show(report, as_json=as_json)
     if not report.passed:
         raise AccuracyError(

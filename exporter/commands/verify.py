@@ -7,15 +7,23 @@ from pathlib import Path
 
 import click
 
-from glm_export.exporter.commands.options import bundle_argument, json_option, print_json, quiet_option, size
+from glm_export.exporter.commands.options import (
+    bundle_argument,
+    json_option,
+    print_json,
+    quiet_option,
+    size,
+    threads_option,
+)
 from glm_export.runtime.errors import IntegrityError
 
 
 @click.command()
 @bundle_argument
+@threads_option
 @quiet_option
 @json_option
-def verify(bundle_path: Path, quiet: bool, as_json: bool) -> None:
+def verify(bundle_path: Path, threads: int | None, quiet: bool, as_json: bool) -> None:
     """Hash every file of a bundle.
 
     Lists all that is missing, changed or not in the manifest; the exit code is 8 if there is any.
@@ -25,7 +33,7 @@ def verify(bundle_path: Path, quiet: bool, as_json: bool) -> None:
 
     bundle = Bundle.open(bundle_path, check="manifest")
     with Reporter(quiet=quiet).stage("hashing", bundle.total_bytes) as advance:
-        report = bundle.verify(advance)
+        report = bundle.verify(advance, threads=threads)
     if as_json:
         print_json({"path": str(bundle_path), "ok": bool(report)} | dataclasses.asdict(report))
     else:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import onnx
 
-from glm_export.exporter.lock import only_builder
 from glm_export.exporter.progress import Reporter
 from glm_export.exporter.recipe import Engine
+from glm_export.exporter.staging import only_builder
 from glm_export.exporter.tensorrt.check import check_network
 from glm_export.exporter.tensorrt.estimate import (
     FP8_CACHE,
@@ -86,7 +86,7 @@ def build_engine(
     """
     bundle.require_weights()
     with only_builder(bundle.directory):
-        bundle = Bundle.open(bundle.directory)  # as it is now that nobody else changes it
+        bundle = Bundle.open(bundle.directory, check="size")  # as it is now that nobody else changes it
         if choices.target in bundle.manifest.engines and not replaces:
             raise UsageError(f"{bundle.directory} has an engine for {choices.target}: --replace builds a new one.")
         _check_capacity(bundle, choices)

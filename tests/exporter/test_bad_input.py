@@ -18,6 +18,7 @@ from cli_tools import bundle, call, checkpoint, copied, refused
 from safetensors.torch import load_file, save_file
 
 from glm_export.runtime.files import sha256_of
+from glm_export.runtime.manifest import sealed
 
 Break = Callable[[Path], object]
 
@@ -128,7 +129,7 @@ CHECKPOINTS: Mapping[str, tuple[Break, str]] = {
     "shards without an index": (remove("model.safetensors.index.json"), "copy the index as well"),
     "only pickles": (pickle_only, "can run code"),
     "no weights at all": (no_weights, "has no weights"),
-    "no config": (remove("config.json"), "no readable config.json"),
+    "no config": (remove("config.json"), "config.json: can not be read"),
     "config that is no JSON": (write("config.json", b'{"model_type": '), "not valid JSON"),
     "config that is a list": (write("config.json", b"[]"), "expected an object"),
     "config that is not UTF-8": (write("config.json", b'{"model_type": "\xff"}'), "not valid JSON"),
@@ -138,7 +139,8 @@ CHECKPOINTS: Mapping[str, tuple[Break, str]] = {
     "dense GLM-4": (config(model_type="glm4"), "a dense GLM-4"),
     "another family": (config(model_type="llama"), "expected 'glm4_moe'"),
     "another class": (config(architectures=["Glm4MoeModel"]), "use that class"),
-    "quantized checkpoint": (config(quantization_config={"quant_method": "fp8"}), "quantized checkpoints are not read"),
+    "another quantization": (config(quantization_config={"quant_method": "awq"}), "quant_method is 'awq', but only"),
+    "FP8 that is none": (config(quantization_config={"quant_method": "fp8"}), "but no weight is FP8"),
     "config without head_dim": (config(head_dim=None), "missing key head_dim"),
     "config with an unknown key": (config(n_group_size=3), "unknown key 'n_group_size'"),
     "config with a text for a number": (config(num_hidden_layers="4"), "num_hidden_layers is '4', expected an integer"),
@@ -174,8 +176,9 @@ def test_what_only_shows_while_building(name: str, tmp_path: Path) -> None:
     damage(copied(checkpoint(), tmp_path / "checkpoint"))
     command = tiny_build(tmp_path / "checkpoint", tmp_path / "out", "--layers", 1, "--precision", precision)
     assert sentence in refused_build(3, command, tmp_path / "out")
-    assert "did not finish" in refused(3, "run", tmp_path / "out.building", "--ids", 1)
-    assert "did not finish" in refused(3, "verify", tmp_path / "out.building")
+    (left,) = tmp_path.glob("out.building-*")
+    assert "did not finish" in refused(3, "run", left, "--ids", 1)
+    assert "did not finish" in refused(3, "verify", left)
 
 
 @pytest.mark.parametrize("kind", ["missing", "file"])
@@ -372,7 +375,7 @@ def manifest(change: Callable[[dict[str, Any]], object]) -> Break:
     def apply(directory: Path) -> None:
         table = json.loads((directory / "manifest.json").read_text())
         change(table)
-        (directory / "manifest.json").write_text(json.dumps(table))
+        (directory / "manifest.json").write_text(json.dumps(sealed(table)))
 
     return apply
 
@@ -433,7 +436,7 @@ BUNDLES: Mapping[str, tuple[int, Break, str]] = {
         manifest(lambda t: t["files"].update({"../x": t["files"]["model.onnx"]})),
         "is not a plain path",
     ),
-    "newer schema": (3, manifest(lambda t: t.update(schema_version=2)), "install a newer one"),
+    "newer schema": (3, manifest(lambda t: t.update(schema_version=3)), "install a newer one"),
     "build that did not finish": (3, unfinished, "did not finish"),
     "no manifest": (3, remove("manifest.json"), "has no manifest.json"),
     "no weights": (3, manifest(lambda t: t.update(weights=False)), "was built without weights"),

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,14 +13,19 @@ import onnx
 import pytest
 
 from glm_export.exporter import build as build_module
+from glm_export.exporter import staging as staging_module
 from glm_export.exporter.build import build
 from glm_export.exporter.checkpoint import Checkpoint
+from glm_export.exporter.layout import parameters
 from glm_export.exporter.progress import Reporter
 from glm_export.exporter.random_checkpoint import write_random_checkpoint
 from glm_export.exporter.recipe import load_recipe
+from glm_export.exporter.staging import Staging
+from glm_export.exporter.storage import convert
 from glm_export.runtime.bundle import Bundle
-from glm_export.runtime.errors import InputError, LockedError, ResourceError, UsageError
+from glm_export.runtime.errors import InputError, IntegrityError, LockedError, ResourceError, UsageError
 from glm_export.runtime.generate import generate
+from glm_export.runtime.manifest import Manifest
 from glm_export.runtime.open import open_session
 
 QUIET = Reporter(quiet=True)
@@ -97,76 +105,297 @@ def test_two_builds_are_byte_identical(tiny_checkpoint, tmp_path):
     assert _hashes(tmp_path / "one") == _hashes(tmp_path / "two")
 
 
-def test_an_interrupted_build_goes_on_where_it_was(tiny_checkpoint, tmp_path, fast_trace, monkeypatch):
-    recipe = load_recipe("tiny")
-    build(Checkpoint.open(tiny_checkpoint), recipe, tmp_path / "clean", QUIET)
+class Builder:
+    """Builds the tiny model and counts what is converted."""
 
-    real, done = build_module.convert, []
+    def __init__(self, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.checkpoint, self.folder, self.monkeypatch = checkpoint, folder, monkeypatch
+        self.converted: set[str] = set()
+        self.notes: list[str] = []
 
-    def failing(checkpoint, parameter, precision):
-        if parameter.group == "layer-002":
-            raise KeyboardInterrupt
-        done.append(parameter.group)
-        return real(checkpoint, parameter, precision)
+    def build(self, name: str = "out", *, stop_at: str | None = None, settings=None, **options):
+        self.converted.clear()
+        self.notes.clear()
 
-    monkeypatch.setattr(build_module, "convert", failing)
-    with pytest.raises(KeyboardInterrupt):
-        build(Checkpoint.open(tiny_checkpoint), recipe, tmp_path / "out", QUIET)
-    assert not (tmp_path / "out").exists()
-    staging = tmp_path / "out.building"
+        def recording(checkpoint, block, precision):
+            if block.parameter.group == stop_at:
+                raise KeyboardInterrupt
+            self.converted.add(block.parameter.group)
+            return convert(checkpoint, block, precision)
+
+        reporter = Reporter(quiet=True)
+        self.monkeypatch.setattr(reporter, "note", self.notes.append)
+        self.monkeypatch.setattr(build_module, "convert", recording)
+        recipe = load_recipe("tiny", settings or {})
+        return build(Checkpoint.open(self.checkpoint), recipe, self.folder / name, reporter, **options)
+
+    def stop(self, at: str = "head", **options) -> Path:
+        with pytest.raises(KeyboardInterrupt):
+            self.build(stop_at=at, **options)
+        assert not (self.folder / "out").exists()
+        (staging,) = self.left()
+        return staging
+
+    def left(self) -> list[Path]:
+        return sorted(self.folder.glob("out.*"))
+
+    def hashes(self, name: str = "out") -> dict[str, str]:
+        assert self.left() == []
+        return _hashes(self.folder / name)
+
+
+@pytest.fixture
+def builder(tiny_checkpoint, tmp_path, fast_trace, monkeypatch) -> Builder:
+    # A copy of its own: some tests change it.
+    return Builder(Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")), tmp_path, monkeypatch)
+
+
+GROUPS = ("embed", "layer-000", "layer-001", "layer-002", "layer-003", "head")
+
+
+def test_an_interrupted_build_goes_on_where_it_was(builder):
+    builder.build("clean")
+    staging = builder.stop("layer-002")
     assert not (staging / "manifest.json").exists()
     with pytest.raises(InputError, match="did not finish"):
         Bundle.open(staging)
-    kept = set(json.loads((staging / "journal.json").read_text())["files"])
-    assert kept == {"weights/embed.safetensors", "weights/layer-000.safetensors", "weights/layer-001.safetensors"}
+    complete = {"model.onnx", *(f"weights/{group}.safetensors" for group in GROUPS[:3])}
+    assert set(json.loads((staging / "journal.json").read_text())["files"]) == complete
+    assert {path.relative_to(staging).as_posix() for path in staging.glob("weights/*")} == complete - {"model.onnx"}
 
-    again = []
-
-    def recording(checkpoint, parameter, precision):
-        again.append(parameter.group)
-        return real(checkpoint, parameter, precision)
-
-    monkeypatch.setattr(build_module, "convert", recording)
-    build(Checkpoint.open(tiny_checkpoint), recipe, tmp_path / "out", QUIET)
-    assert set(again) == {"layer-002", "layer-003", "head"}, "completed files were computed again"
-    assert _hashes(tmp_path / "out") == _hashes(tmp_path / "clean")
+    builder.monkeypatch.setattr(build_module, "trace", None)
+    builder.build()
+    assert builder.converted == {"layer-002", "layer-003", "head"}, "completed files were computed again"
+    assert "going on with 4 complete files of 7" in builder.notes
+    assert builder.hashes() == _hashes(builder.folder / "clean")
 
 
-@pytest.mark.parametrize("what", ["recipe", "damage"])
-def test_a_resumed_build_trusts_nothing_that_changed(tiny_checkpoint, tmp_path, fast_trace, monkeypatch, what):
-    real = build_module.convert
+def test_nothing_is_computed_again_between_the_last_file_and_the_final_name(builder, monkeypatch):
+    def killed(_):
+        raise KeyboardInterrupt
 
-    def failing(checkpoint, parameter, precision):
-        if parameter.group == "head":
-            raise KeyboardInterrupt
-        return real(checkpoint, parameter, precision)
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            builder.build()
+    builder.build()
+    assert builder.converted == set()
+    assert Bundle.open(builder.folder / "out").verify()
 
-    monkeypatch.setattr(build_module, "convert", failing)
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_changes_no_byte(builder, bundle_of, threads):
+    builder.build(threads=threads)
+    want = {path: record.sha256 for path, record in bundle_of("fp8").manifest.files.items()}
+    assert builder.hashes() == want
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "again", "trace_again"),
+    [
+        ("runtime.capacity", 64, {"head"}, False),
+        ("export.logits", "all", {"head"}, True),
+        ("precision", "bf16", {*GROUPS} - {"embed"}, True),  # which is bfloat16 in both
+    ],
+)
+def test_a_changed_recipe_invalidates_what_depends_on_it(builder, traced, setting, value, again, trace_again):
+    builder.stop("head")
+    traces = []
+    builder.monkeypatch.setattr(build_module, "trace", lambda *args: traces.append(args) or traced(*args))
+    builder.build(settings={setting: value})
+    assert builder.converted == again
+    assert bool(traces) == trace_again
+    assert any("because the recipe changed" in note for note in builder.notes) == trace_again
+    got = builder.hashes()
+    builder.build("clean", settings={setting: value})
+    assert got == _hashes(builder.folder / "clean")
+
+
+def test_a_changed_shard_invalidates_the_files_made_from_it(builder):
+    builder.stop("head")
+    checkpoint = Checkpoint.open(builder.checkpoint)
+    found = parameters(checkpoint.config).values()
+    files = {
+        group: {p.tensor.file for q in found if q.group == group for p in checkpoint.pieces(q)} for group in GROUPS
+    }
+    (changed, *_) = files["layer-002"]
+    path = builder.checkpoint / changed
+    data = bytearray(path.read_bytes())
+    data[-2:] = b"\0\0"
+    path.write_bytes(data)
+    os.utime(path, ns=(1, 1))
+    builder.build()
+    assert builder.converted == {group for group in GROUPS if changed in files[group]} | {"head"}
+    assert len(builder.converted) < len(GROUPS)
+    assert any("because the checkpoint changed" in note for note in builder.notes)
+    got = builder.hashes()
+    builder.build("clean")
+    assert got == _hashes(builder.folder / "clean")
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_a_damaged_complete_file_is_written_again(builder, how):
+    builder.build("clean")
+    staging = builder.stop("head")
+    path = staging / "weights/layer-001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()
+    if how != "remove":
+        path.write_bytes(data if how == "flip" else data[:-1])
+    builder.build()
+    assert builder.converted == {"layer-001", "head"}
+    assert any("the file is damaged" in note for note in builder.notes)
+    assert builder.hashes() == _hashes(builder.folder / "clean")
+
+
+@pytest.mark.parametrize("journal", ["", "[]", '{"files": []}', '{"files": {"../x": {}}}', '{"files": {"a": 1}}'])
+def test_a_journal_that_is_none_starts_afresh(builder, journal):
+    staging = builder.stop("layer-001")
+    (staging / "journal.json").write_text(journal)
+    (staging / "weights/sub").mkdir()
+    (staging / "weights/sub/left.tmp").write_text("x")
+    builder.build()
+    assert builder.converted == set(GROUPS)
+    assert Bundle.open(builder.folder / "out").verify()
+
+
+def test_a_source_that_changes_under_the_build_makes_no_bundle(builder):
+    class Meddling(Reporter):
+        def stage(self, title, total_bytes=None):
+            if title.startswith("writing"):
+                os.utime(next(builder.checkpoint.glob("*.safetensors")), ns=(1, 1))
+            return super().stage(title, total_bytes)
+
+    with pytest.raises(IntegrityError, match="written to while it was being read"):
+        build(Checkpoint.open(builder.checkpoint), load_recipe("tiny"), builder.folder / "out", Meddling(quiet=True))
+    assert not (builder.folder / "out").exists()
+
+
+def test_a_large_source_is_dropped_from_the_page_cache(builder, monkeypatch):
+    dropped, advise = {}, os.posix_fadvise
+
+    def recording(descriptor, start, length, advice):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        dropped[name] = dropped.get(name, 0) + length * (advice == os.POSIX_FADV_DONTNEED)
+        return advise(descriptor, start, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", recording)
+    builder.build("small")
+    assert not [name for name in dropped if name.startswith("model-")]
+    monkeypatch.setattr(build_module, "too_large_to_stay", lambda _: True)
+    builder.build("large")
+    checkpoint = Checkpoint.open(builder.checkpoint)
+    want: dict[str, int] = {}
+    for parameter in parameters(checkpoint.config).values():
+        for piece in checkpoint.pieces(parameter):
+            want[piece.tensor.file] = want.get(piece.tensor.file, 0) + piece.tensor.nbytes
+    assert {name: length for name, length in dropped.items() if name.startswith("model-")} == want
+
+
+def test_an_existing_directory_is_never_touched(builder):
+    (builder.folder / "out").mkdir()
+    (builder.folder / "out/precious").write_text("x")
+    with pytest.raises(UsageError, match="already exists"):
+        builder.build()
+    with pytest.raises(UsageError, match="only a bundle is replaced"):
+        builder.build(replace=True)
+    assert sorted(p.name for p in builder.folder.glob("out*/**/*")) == ["precious"]
+
+
+def test_replace_keeps_the_old_bundle_until_the_new_one_verifies(builder, monkeypatch):
+    builder.build(settings={"precision": "bf16"})
+    before = builder.hashes()
     with pytest.raises(KeyboardInterrupt):
-        build(Checkpoint.open(tiny_checkpoint), load_recipe("tiny"), tmp_path / "out", QUIET)
-    if what == "damage":
-        path = tmp_path / "out.building/weights/layer-001.safetensors"
+        builder.build(replace=True, stop_at="head")
+    assert _hashes(builder.folder / "out") == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", _write_and_damage(Manifest.write))
+        with pytest.raises(IntegrityError, match="has sha256"):
+            builder.build(replace=True)
+    assert _hashes(builder.folder / "out") == before
+
+    builder.build(replace=True)
+    assert Bundle.open(builder.folder / "out").manifest.precision == "fp8"
+    assert builder.left() == []
+
+
+def _write_and_damage(write):
+    def damaging(manifest, directory):
+        path = directory / "weights/layer-001.safetensors"
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-    monkeypatch.setattr(build_module, "convert", real)
-    recipe = load_recipe("tiny", {"precision": "bf16"} if what == "recipe" else {})
-    build(Checkpoint.open(tiny_checkpoint), recipe, tmp_path / "out", QUIET)
-    build(Checkpoint.open(tiny_checkpoint), recipe, tmp_path / "clean", QUIET)
-    assert _hashes(tmp_path / "out") == _hashes(tmp_path / "clean")
+        return write(manifest, directory)
+
+    return damaging
 
 
-def test_an_existing_directory_is_never_touched(tiny_checkpoint, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/precious").write_text("x")
+def test_replace_on_a_file_system_that_can_not_exchange_names(builder, monkeypatch):
+    builder.build(settings={"precision": "bf16"})
+    before = builder.hashes()
+    monkeypatch.setattr(staging_module, "_exchange", lambda *_: False)
+    rename, calls = Path.rename, []
+
+    def killed_between(path, target):
+        calls.append(target)
+        if len(calls) == 3:  # the claim of a directory is none; old aside, then new into place
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    calls.append(None)
+    monkeypatch.setattr(Path, "rename", killed_between)
+    with pytest.raises(KeyboardInterrupt):
+        builder.build(replace=True)
+    assert not (builder.folder / "out").exists()
+    monkeypatch.setattr(Path, "rename", rename)
+    # The next build gives the old bundle its name back before anything else.
     with pytest.raises(UsageError, match="already exists"):
-        build(Checkpoint.open(tiny_checkpoint), load_recipe("tiny"), tmp_path / "out", QUIET)
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
+        builder.build()
+    assert _hashes(builder.folder / "out") == before
+    builder.build(replace=True)
+    assert builder.converted == set()
+    assert Bundle.open(builder.folder / "out").manifest.precision == "fp8"
+    assert builder.left() == []
 
 
-def test_a_second_builder_is_turned_away(tiny_checkpoint, tmp_path):
-    with filelock.FileLock(tmp_path / "out.lock"), pytest.raises(LockedError, match="Another process"):
-        build(Checkpoint.open(tiny_checkpoint), load_recipe("tiny"), tmp_path / "out", QUIET)
+def test_a_second_builder_is_turned_away(builder):
+    with filelock.FileLock(builder.folder / "out.lock"), pytest.raises(LockedError, match="Another process"):
+        builder.build()
+
+
+def test_two_builders_never_share_a_directory_even_without_a_lock(builder, monkeypatch):
+    # On some network file systems every lock succeeds. A second builder that comes in the middle takes over.
+    monkeypatch.setattr(staging_module, "only_builder", lambda _: contextlib.nullcontext())
+    second = Builder(builder.checkpoint, builder.folder, monkeypatch)
+    begun = []
+
+    def barging_in(checkpoint, block, precision):
+        if block.parameter.group == "layer-002" and not begun:
+            begun.append(True)
+            build(Checkpoint.open(second.checkpoint), load_recipe("tiny"), second.folder / "out", QUIET)
+        return convert(checkpoint, block, precision)
+
+    monkeypatch.setattr(build_module, "convert", barging_in)
+    with pytest.raises(LockedError, match="took over the build"):
+        build(Checkpoint.open(builder.checkpoint), load_recipe("tiny"), builder.folder / "out", QUIET, threads=1)
+    assert Bundle.open(builder.folder / "out").verify()
+    assert builder.left() == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("call", ["mkdir", "fsync", "rename"])
+def test_a_failing_disk_is_a_resource_error(builder, monkeypatch, call, code):
+    def fail(*_args, **_options):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync") if call == "fsync" else (Path, call)), fail)
+        with pytest.raises(ResourceError, match="run the same command again"):
+            builder.build()
+    builder.build()
+    assert Bundle.open(builder.folder / "out").verify()
 
 
 def test_a_disk_that_is_too_small_is_noticed_first(tiny_checkpoint, tmp_path, monkeypatch):

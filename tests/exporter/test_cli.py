@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -6,17 +7,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
 import pytest
 from cli_tools import ERROR, bundle, call, checkpoint, copied, refused
 
-from glm_export.exporter import build as build_module
+from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.cli import cli
+from glm_export.exporter.journal import Journal
+from glm_export.exporter.layout import parameters
 from glm_export.runtime.bundle import Bundle
+from glm_export.runtime.files import FileRecord, sha256_of
+from glm_export.runtime.manifest import Manifest
 
-COMMANDS = ("make-checkpoint", "build", "engine", "run", "validate", "inspect", "verify")
+COMMANDS = ("make-checkpoint", "plan", "build", "engine", "checkpoint", "run", "validate", "inspect", "verify")
 PROGRAM = (sys.executable, "-m", "glm_export.exporter.cli")
 
 
@@ -171,8 +177,7 @@ def test_a_stop_token_ends_the_text(tmp_path: Path) -> None:
     options = ["--ids", "1,2,3", "--json", "--max-new-tokens", 5, "--save-logits", tmp_path / "logits.npy"]
     before = json.loads(call("run", path, *options, "--ignore-eos").out)["token_ids"]
     stop = next(token for i, token in enumerate(before) if i > 0 and token not in before[:i])
-    manifest = json.loads((path / "manifest.json").read_text()) | {"eos_token_ids": [stop]}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    dataclasses.replace(Manifest.read(path), eos_token_ids=(stop,)).write(path)
     result = json.loads(call("run", path, *options).out)
     assert result["finish_reason"] == "stop"
     assert result["token_ids"] == before[: before.index(stop)]
@@ -196,9 +201,9 @@ def test_run_without_tokenizer(tmp_path: Path) -> None:
 def without_tokenizer(tmp_path: Path) -> Path:
     path = copied(bundle("fp32"), tmp_path / "no-tokenizer")
     (path / "tokenizer.json").unlink()
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["files"]["tokenizer.json"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    manifest = Manifest.read(path)
+    files = {name: record for name, record in manifest.files.items() if name != "tokenizer.json"}
+    dataclasses.replace(manifest, files=files).write(path)
     return path
 
 
@@ -232,11 +237,9 @@ def test_validate_fails_with_the_report_on_stdout(tmp_path: Path) -> None:
     wrong = np.float32(1e-5).tobytes()
     assert wrong in graph
     (path / "model.onnx").write_bytes(graph.replace(wrong, np.float32(0.5).tobytes()))
-    manifest = json.loads((path / "manifest.json").read_text())
-    from glm_export.runtime.files import sha256_of
-
-    manifest["files"]["model.onnx"]["sha256"] = sha256_of(path / "model.onnx")
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    manifest = Manifest.read(path)
+    record = FileRecord(size=len(graph), sha256=sha256_of(path / "model.onnx"))
+    dataclasses.replace(manifest, files={**manifest.files, "model.onnx": record}).write(path)
     called = call("validate", path, "--prompts", 2, "--prompt-tokens", 4, "--steps", 3, "--no-drift", "--json")
     assert called.code == 4
     assert "further from the reference" in called.error
@@ -310,44 +313,149 @@ def test_a_closed_pipe_is_quiet() -> None:
 # Signals
 
 
-def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, staging = tmp_path / "out", tmp_path / "out.building"
-    command = ["build", checkpoint(), "-o", out, "--recipe", "tiny", "-p", "fp16", "--layers", 2]
-    add = build_module.Journal.add
+def unfinished(out: Path) -> Path | None:
+    """The directory of an unfinished build, once it has a journal."""
+    return next((path.parent for path in out.parent.glob(f"{out.name}.building-*/journal.json")), None)
 
-    def add_and_interrupt(self: build_module.Journal, path: str, record: object) -> None:
-        add(self, path, record)
-        if len(self.files) == 2:
+
+def wait_for_journal(out: Path) -> None:
+    until = time.monotonic() + 60
+    while not unfinished(out) and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    command = ["build", checkpoint(), "-o", out, "--recipe", "tiny", "-p", "fp16", "--layers", 2]
+    add, added = Journal.add, []
+
+    def add_and_interrupt(self: Journal, path: str, *arguments: object, **more: object) -> None:
+        add(self, path, *arguments, **more)
+        added.append(path)
+        if len(added) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(build_module.Journal, "add", add_and_interrupt)
+        patched.setattr(Journal, "add", add_and_interrupt)
         called = call(*command)
     assert called.code == 130
     assert called.err.endswith("glm-export: stopped by SIGINT\n")
     assert "Traceback" not in called.err
     assert not out.exists()
+    staging = unfinished(out)
+    assert staging is not None
     assert not (staging / "manifest.json").exists()
     assert "did not finish" in refused(3, "run", staging, "--ids", "1")
-    done = {path.name: path.stat().st_ino for path in (staging / "weights").iterdir()}
-    assert len(done) == 2
+    done = {path: (staging / path).stat().st_ino for path in added}
+    assert len(done) == 3
     assert call(*command).code == 0
-    assert {name: (out / "weights" / name).stat().st_ino for name in done} == done  # not written again
+    assert {path: (out / path).stat().st_ino for path in done} == done  # not written again
     assert call("verify", out).code == 0
-    assert not staging.exists()
+    assert os.listdir(tmp_path) == ["out"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sigterm_from_outside(tmp_path: Path) -> None:
-    staging = tmp_path / "out.building"
-    command = [*PROGRAM, "build", str(checkpoint()), "-o", str(tmp_path / "out"), "--recipe", "tiny"]
+    out = tmp_path / "out"
+    command = [*PROGRAM, "build", str(checkpoint()), "-o", str(out), "--recipe", "tiny", "--quiet"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 60
-        while not (staging / "journal.json").exists() and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_for_journal(out)
         process.terminate()
-        out, err = process.communicate(timeout=60)
+        printed, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert out == ""
-    assert err == "glm-export: stopped by SIGTERM\n"
-    assert not (staging / "manifest.json").exists()
+    assert (printed, err) == ("", "glm-export: stopped by SIGTERM\n")
+    assert not out.exists()
+
+
+def test_a_build_that_the_kernel_kills_is_explained_and_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["build", str(checkpoint()), "-o", str(out), "--recipe", "tiny", "--layers", "2", "--quiet"]
+    with subprocess.Popen([*PROGRAM, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_journal(out)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)  # as the kernel does when memory runs out
+        printed, err = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (5, "")
+    assert err.startswith(f"{ERROR}The command ended early")
+    assert err.count("\n") == 1
+    assert not out.exists()
+    assert call(*command).code == 0
+    assert call("verify", out).code == 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+# Plan
+
+
+def test_plan_says_what_build_will_take_and_writes_nothing(tmp_path: Path) -> None:
+    options = [checkpoint(), "--recipe", "tiny", "-p", "bf16", "--quiet"]
+    out = tmp_path / "not" / "yet" / "bundle"
+    text = call("plan", *options, "-o", out)
+    assert (text.code, text.err) == (0, "")
+    for word in ("small files", "graph", "weights", "all", "of disk", "of memory", "all together", "H100"):
+        assert word in text.out
+    planned = json.loads(call("plan", *options, "-o", out, "--json", "--threads", 2).out)
+    assert os.listdir(tmp_path) == []
+    weights = next(stage for stage in planned["stages"] if stage["name"] == "weights")
+    path = bundle("bf16")
+    stored = sum(file.stat().st_size for file in (path / "weights").iterdir())
+    assert weights["writes"] == planned["gpu_weights"] == stored
+    whole = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert planned["disk"] == pytest.approx(whole, rel=0.05)  # the sizes of graph and manifest are estimates
+    assert planned["gpu_cache"] == 2 * 4 * (4 * 2 * 128 * 16) * 2  # k and v, layers, [B, J, C, A] of bfloat16
+    assert planned["gpus"]["H100"] == 1
+    assert planned["seconds"] == pytest.approx(sum(stage["seconds"] for stage in planned["stages"]))
+    assert planned["threads"] == 2
+
+
+def test_plan_reads_every_weight_once(tmp_path: Path) -> None:
+    planned = json.loads(call("plan", checkpoint(), "--layers", 2, "-o", tmp_path / "out", "--json", "--quiet").out)
+    reads = next(stage["reads"] for stage in planned["stages"] if stage["name"] == "weights")
+    found = Checkpoint.open(checkpoint()).with_layers(2)
+    assert reads == sum(p.numel * found.source_dtype(p).itemsize for p in parameters(found.config).values())
+
+
+def test_plan_of_a_graph_measures_nothing(tmp_path: Path) -> None:
+    planned = json.loads(call("plan", "--no-weights", "--recipe", "glm-4.7-fp8", "--json", "--quiet").out)
+    assert planned["rates"]["read"] is planned["rates"]["convert"] is None
+    assert planned["gpus"]["H100"] >= 5  # 355e9 parameters, a byte each
+    assert planned["stages"][-1]["reads"] == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_what_can_not_fit_is_refused_with_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    options = [command, checkpoint(), "--recipe", "tiny", "-o", tmp_path / "out", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        sentence = refused(5, *options)
+    assert "The bundle needs 0.0 GB" in sentence
+    assert "free some space or build elsewhere" in sentence
+    with monkeypatch.context() as patch:
+        patch.setattr("glm_export.exporter.estimate._memory_free", lambda: 10**8)
+        sentence = refused(5, *options)
+    assert "The build needs 0.4" in sentence
+    assert "0.10 GB are free" in sentence
+    assert "fewer --threads" in sentence
+
+
+# Checks before use
+
+
+@pytest.mark.parametrize("arguments", [("run", "--ids", "1,2", "--max-new-tokens", 1), ("validate", "--no-drift")])
+def test_a_damaged_weight_is_refused_unless_sizes_are_trusted(tmp_path: Path, arguments: tuple[object, ...]) -> None:
+    path = copied(bundle("fp32"), tmp_path / "bundle")
+    weights = path / "weights/embed.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # the sign-free top of one number: nothing but the hash can tell
+    weights.write_bytes(data)
+    command, *options = arguments
+    assert "has sha256" in refused(8, command, path, *options)
+    assert call(command, path, *options, "--trust-size").code in (0, 4)
+
+
+def test_verify_takes_threads(tmp_path: Path) -> None:
+    one, three = (call("verify", bundle("fp32"), "--threads", count, "--json") for count in (1, 3))
+    assert one.code == three.code == 0
+    assert one.out == three.out

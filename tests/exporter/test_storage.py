@@ -11,12 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from glm_export.exporter.checkpoint import Checkpoint
-from glm_export.exporter.layout import parameters
+from glm_export.exporter.layout import Parameter, parameters
 from glm_export.exporter.precision import HIGH_PRECISION, QUANTIZED, storage_dtype
-from glm_export.exporter.storage import convert, scale_name, stored_tensors
+from glm_export.exporter.storage import Converted, blocks, convert, scale_name, stored_tensors
 from glm_export.exporter.weight_file import ALIGNMENT, WeightFile
 from glm_export.exporter.weights import read_bundle
-from glm_export.runtime.errors import InputError
+from glm_export.plugins.library import CPU_VARIABLE
+from glm_export.runtime.errors import InputError, UsageError
 from glm_export.runtime.files import HashingWriter
 
 
@@ -55,7 +56,9 @@ def test_q_k_v_and_gate_up_lie_next_to_each_other(tiny_recipe):
     for precision in ("bf16", "fp8"):
         found = parameters(tiny_recipe.model)
         layer = [p for p in found.values() if p.group == "layer-001"]
-        file = WeightFile.plan("layer-001", (t for p in layer for t in stored_tensors(p, precision)))
+        file = WeightFile.plan(
+            "weights/layer-001.safetensors", (t for p in layer for t in stored_tensors(p, precision))
+        )
         prefix = "model.layers.1."
         for names in (
             [f"{prefix}self_attn.{x}_proj.weight" for x in "qkv"],
@@ -75,7 +78,7 @@ def test_every_tensor_is_aligned_whatever_the_shapes(tmp_path):
         WeightTensor(name="a_scale", shape=(3,), dtype=torch.float32, small=True),
         WeightTensor(name="b", shape=(7,), dtype=torch.bfloat16, small=False),
     ]
-    file = WeightFile.plan("odd", tensors)
+    file = WeightFile.plan("weights/odd.safetensors", tensors)
     assert [tensor.name for tensor in file.tensors] == ["a", "b", "a_scale"]
     assert all(location.offset % ALIGNMENT == 0 for location in file.locations.values())
     pieces = {
@@ -104,6 +107,10 @@ def _checkpoint_with(tiny_checkpoint: Path, folder: Path, name: str, change) -> 
     return Checkpoint.open(folder)
 
 
+def _converted(checkpoint: Checkpoint, parameter: Parameter, precision: str) -> list[Converted]:
+    return [convert(checkpoint, block, precision) for block in blocks(checkpoint, parameter)]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_weight_that_is_not_finite_is_named_with_its_place(tiny_checkpoint, tmp_path, precision, bad):
@@ -118,7 +125,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_place(tiny_checkpoint, tm
     with pytest.raises(
         InputError, match=rf"model\.layers\.2\.mlp\.experts\.gate_up_proj\[5, {row}, 7\] is -?(nan|inf)"
     ):
-        list(convert(checkpoint, parameter, precision))
+        _converted(checkpoint, parameter, precision)
 
 
 def test_fp16_refuses_what_it_can_not_hold_and_the_others_take_it(tiny_checkpoint, tmp_path):
@@ -130,19 +137,35 @@ def test_fp16_refuses_what_it_can_not_hold_and_the_others_take_it(tiny_checkpoin
     checkpoint = _checkpoint_with(tiny_checkpoint, tmp_path / "ck", name, enlarge)
     parameter = parameters(checkpoint.config)[name]
     with pytest.raises(InputError, match=r"q_proj.weight\[1, 2\] is .*too large for torch.float16"):
-        list(convert(checkpoint, parameter, "fp16"))
+        _converted(checkpoint, parameter, "fp16")
     for precision in ("fp32", "bf16", "fp8"):
-        assert list(convert(checkpoint, parameter, precision))
+        assert _converted(checkpoint, parameter, precision)
 
 
 def test_blocks_do_not_change_what_is_stored(tiny_checkpoint, monkeypatch):
     checkpoint = Checkpoint.open(tiny_checkpoint)
-    parameter = parameters(checkpoint.config)["lm_head.weight"]
-    whole = dict(convert(checkpoint, parameter, "bf16"))[parameter.name]
-    monkeypatch.setattr("glm_export.exporter.storage.BLOCK_ELEMENTS", 1000)
-    pieces = [block for _, block in convert(checkpoint, parameter, "bf16")]
+    parameter = parameters(checkpoint.config)["model.layers.0.mlp.down_proj.weight"]
+    (whole,) = _converted(checkpoint, parameter, "fp8")
+    monkeypatch.setattr("glm_export.exporter.storage.BLOCK_ELEMENTS", 500)
+    pieces = _converted(checkpoint, parameter, "fp8")
     assert len(pieces) > 10
-    assert torch.equal(torch.cat(pieces), whole)
+    for (name, want), *parts in zip(whole.stored, *(piece.stored for piece in pieces), strict=True):
+        assert {part_name for part_name, _ in parts} == {name}
+        assert torch.equal(torch.cat([part for _, part in parts]), want)
+
+
+@pytest.mark.parametrize("form", ["scalar", "avx2", "portable"])
+def test_every_form_of_the_quantizer_stores_the_same(tiny_checkpoint, monkeypatch, form):
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    parameter = parameters(checkpoint.config)["model.layers.2.mlp.experts.gate_up_proj"]
+    want = _converted(checkpoint, parameter, "fp8")
+    monkeypatch.setenv(CPU_VARIABLE, form)
+    for got, expected in zip(_converted(checkpoint, parameter, "fp8"), want, strict=True):
+        for (name, a), (_, b) in zip(got.stored, expected.stored, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+    monkeypatch.setenv(CPU_VARIABLE, "sse9")
+    with pytest.raises(UsageError, match=r"GLM_EXPORT_CPU is 'sse9'.*or unset it"):
+        _converted(checkpoint, parameter, "fp8")
 
 
 def test_a_scale_is_positive_even_for_an_all_zero_row(tiny_checkpoint, tmp_path):
@@ -153,9 +176,11 @@ def test_a_scale_is_positive_even_for_an_all_zero_row(tiny_checkpoint, tmp_path)
         return tensor
 
     checkpoint = _checkpoint_with(tiny_checkpoint, tmp_path / "ck", name, clear)
-    stored = dict(convert(checkpoint, parameters(checkpoint.config)[name], "fp8"))
+    parameter = parameters(checkpoint.config)[name]
+    (converted,) = _converted(checkpoint, parameter, "fp8")
+    stored = dict(converted.stored)
     assert stored[scale_name(name)][4] == 1
-    assert not stored[name][4].float().any()
+    assert not stored[name].view(parameter.shape)[4].float().any()
     assert (stored[scale_name(name)] > 0).all()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from toy import contract_of, record, write_bundle
 
-from glm_export.runtime.bundle import Bundle, VerifyReport
+from glm_export.runtime.bundle import Bundle, Check, VerifyReport
 from glm_export.runtime.errors import InputError, IntegrityError
 from glm_export.runtime.open import open_session
 
@@ -46,23 +46,60 @@ def test_every_flipped_byte_is_refused(directory: Path) -> None:
         flip(directory / path)
         with pytest.raises(IntegrityError, match=f"{path} has sha256"):
             Bundle.open(directory, check="full")
+        with pytest.raises(IntegrityError, match="has sha256"):
+            Bundle.open(directory)
         if path != WEIGHTS:
             with pytest.raises(IntegrityError, match="has sha256"):
-                Bundle.open(directory)
+                Bundle.open(directory, check="size")
         flip(directory / path)
     assert Bundle.open(directory, check="full").verify()
 
 
-def test_weights_are_checked_by_size_unless_full(directory: Path) -> None:
+def test_weights_can_be_trusted_by_size(directory: Path) -> None:
     flip(directory / WEIGHTS)
-    bundle = Bundle.open(directory)
+    bundle = Bundle.open(directory, check="size")
     report = bundle.verify()
     assert not report
     assert [(problem.path, problem.kind) for problem in report.problems] == [(WEIGHTS, "changed")]
     with (directory / WEIGHTS).open("ab") as file:
         file.write(b"1")
     with pytest.raises(IntegrityError, match=r"has \d+ bytes, the manifest says"):
-        Bundle.open(directory)
+        Bundle.open(directory, check="size")
+
+
+@pytest.mark.parametrize("check", ["size", "full"])
+def test_what_loads_code_gets_a_hashed_file_whatever_was_checked_before(directory: Path, check: Check) -> None:
+    bundle = Bundle.open(directory, check=check)
+    assert bundle.file(WEIGHTS) == directory / WEIGHTS
+    flip(directory / WEIGHTS)
+    with pytest.raises(IntegrityError, match="has sha256"):
+        bundle.file(WEIGHTS)
+
+
+def test_a_file_is_hashed_once_per_open_until_it_changes(directory: Path) -> None:
+    hashed: list[int] = []
+    bundle = Bundle.open(directory, check="full", progress=hashed.append)
+    first = sum(hashed)
+    bundle.file(WEIGHTS, progress=hashed.append)
+    assert sum(hashed) == first == bundle.total_bytes
+    copy = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).unlink()
+    (directory / WEIGHTS).write_bytes(copy)  # the same bytes, but nobody knows that
+    bundle.file(WEIGHTS, progress=hashed.append)
+    assert sum(hashed) == first + len(copy)
+    assert bundle.verify(hashed.append)  # looks again at everything
+    assert sum(hashed) == 2 * first + len(copy)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_threads_change_nothing_but_the_time(directory: Path, threads: int) -> None:
+    assert Bundle.open(directory, threads=threads).verify(threads=threads).files == 4
+    for path in ("model.onnx", WEIGHTS):
+        flip(directory / path)
+    report = Bundle.open(directory, check="manifest").verify(threads=threads)
+    assert [problem.path for problem in report.problems] == ["model.onnx", WEIGHTS]
+    with pytest.raises(IntegrityError, match=r"model\.onnx has sha256"):
+        Bundle.open(directory, threads=threads)
 
 
 def test_verify_reports_everything_at_once(directory: Path, tmp_path: Path) -> None:

@@ -49,14 +49,44 @@ def test_exception_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_failure_at_the_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (errno.ENOSPC, r"No room to write .*file\.txt \(No space left on device\): free some space and run"),
+        (errno.EDQUOT, r"No room to write .*Disk quota exceeded"),
+        (errno.EIO, r"file\.txt can not be written \(Input/output error\): check the disk and run the same command"),
+        (errno.ESTALE, r"can not be written \(Stale file handle\)"),
+    ],
+)
+def test_a_failing_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, sentence: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), full)
-    with pytest.raises(ResourceError, match=r"No room to write .*No space left"):
+    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, call)), fail)
+    with pytest.raises(ResourceError, match=sentence):
         write_text_durably(tmp_path / "file.txt", "text")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_fault_of_the_disk_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_text_durably(tmp_path / "missing" / "file.txt", "text")
+
+
+def test_a_failing_write_waits_for_the_hash_of_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "posix_fadvise", fail)
+    data = bytearray(DATA)
+    writer = HashingWriter(tmp_path / "file")
+    with pytest.raises(ResourceError, match="can not be written"), writer:
+        writer.write(data)
+    data.clear()  # not possible while a thread still reads it
+    assert writer.sha256 == hashlib.sha256(DATA).hexdigest()
     assert os.listdir(tmp_path) == []
 
 

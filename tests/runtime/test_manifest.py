@@ -119,6 +119,8 @@ RECORD = {"size": 1, "sha256": "b" * 64}
         (put("engines", "trt", value="plan"), "engines.trt is str"),
         (put("engines", "trt", value=["other"]), "'other' of trt is not listed"),
         (put("engines", "trt", value=[[]]), "not listed"),
+        (put("recipe", value={"a": 1}), "its sha256 is not that of its content"),
+        (put("source", value={"path": "elsewhere"}), "its sha256 is not that of its content"),
     ],
 )
 def test_damage_is_refused_with_one_sentence(
@@ -155,8 +157,8 @@ def test_text_that_is_no_manifest(tmp_path: Path, text: str, message: str | None
 
 
 def test_newer_schema_asks_for_a_newer_program(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"schema_version": 2, "anything": "else"}')
-    with pytest.raises(InputError, match=r"has schema 2.*install a newer one"):
+    (tmp_path / "manifest.json").write_text('{"schema_version": 3, "anything": "else"}')
+    with pytest.raises(InputError, match=r"has schema 3.*install a newer one"):
         Manifest.read(tmp_path)
 
 

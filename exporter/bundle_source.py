@@ -1,0 +1,39 @@
+"""A bundle read as a checkpoint: its weight files are safetensors too, with the Hugging Face names."""
+
+from __future__ import annotations
+
+from glm_export.exporter.checkpoint import Checkpoint
+from glm_export.exporter.config import Glm4MoeConfig
+from glm_export.exporter.quantized import Names, Quantization, Scheme
+from glm_export.exporter.shards import read_shard
+from glm_export.exporter.weight_file import FOLDER, PADDING
+from glm_export.runtime.bundle import Bundle
+
+_PER_CHANNEL = Quantization(
+    method="a bundle", groups=((Names(every=True), Scheme(rows=1, columns=None)),), ignored=Names()
+)
+
+
+def checkpoint_of(bundle: Bundle) -> Checkpoint:
+    """The weights of a bundle, FP8 values with their row scales as they are.
+
+    Raises:
+        InputError: the bundle has no weights, or a file of them is no safetensors file.
+        IntegrityError: a file is not what the manifest says.
+    """
+    bundle.require_weights()
+    files = [path for path in bundle.manifest.files if path.startswith(f"{FOLDER}/")]
+    shards = tuple(read_shard(bundle.file(path, hashed=False)) for path in files)
+    tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
+    return Checkpoint(
+        directory=bundle.directory / FOLDER,
+        config=Glm4MoeConfig.from_file(bundle.file("config.json")),
+        config_sha256=bundle.manifest.files["config.json"].sha256,
+        quantization=_PER_CHANNEL if bundle.manifest.precision == "fp8" else None,
+        shards=shards,
+        mtp_tensors={},
+        mtp=(),
+        ignored=(),
+        _tensors={name: tensor for name, tensor in tensors.items() if not name.startswith(PADDING)},
+        _stamps={shard.file: shard.stamp for shard in shards},
+    )
