@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.layout import groups
 from glm_export.exporter.random_checkpoint import write_random_checkpoint
 from glm_export.exporter.recipe import load_recipe
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.storage import BLOCK_ELEMENTS
 from glm_export.plugins.fp8_native import quantize_rows
 

@@ -1,4 +1,5 @@
 """checkpoint -> bundle -> engine, and how far each is from the reference.
 
-The main path, each step a file: recipe -> config -> checkpoint -> (model -> trace) + quantize -> build -> validate.
+The main path, each step a file: recipe -> config -> source/checkpoint -> plan -> (model -> trace) + storage -> build ->
+tensorrt/builder -> validate.
 """

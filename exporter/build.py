@@ -19,8 +19,6 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
-from glm_export.exporter.checkpoint import Checkpoint
-from glm_export.exporter.companions import read_companion
 from glm_export.exporter.config import Glm4MoeConfig, parse_json
 from glm_export.exporter.estimate import check_disk, check_memory
 from glm_export.exporter.journal import Journal
@@ -28,8 +26,10 @@ from glm_export.exporter.page_cache import forget, too_large_to_stay
 from glm_export.exporter.pipeline import WAITING, default_threads, in_order
 from glm_export.exporter.plan import BuildPlan, PlannedFile, versions
 from glm_export.exporter.progress import Advance, Reporter
-from glm_export.exporter.quantized import RoundingError
 from glm_export.exporter.recipe import Recipe
+from glm_export.exporter.source.checkpoint import Checkpoint
+from glm_export.exporter.source.companions import read_companion
+from glm_export.exporter.source.quantized import RoundingError
 from glm_export.exporter.staging import Staging
 from glm_export.exporter.storage import Block, Converted, convert
 from glm_export.exporter.trace import trace

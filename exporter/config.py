@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from glm_export.exporter.source_file import read_text_file
+from glm_export.exporter.source.source_file import read_text_file
 from glm_export.runtime import strict_json
 from glm_export.runtime.contract import COMPUTE_DTYPES, OPTIONAL_OUTPUTS, Contract, LogitsMode
 from glm_export.runtime.errors import InputError, UsageError

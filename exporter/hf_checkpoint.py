@@ -20,15 +20,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from glm_export.exporter.checkpoint import CONFIG, Checkpoint
-from glm_export.exporter.companions import companions, read_companion
 from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.layout import Parameter, layer_index, mtp_parameters, parameters, parts
 from glm_export.exporter.pipeline import default_threads, in_order
 from glm_export.exporter.precision import HIGH_PRECISION, storage_dtype
 from glm_export.exporter.progress import Reporter
-from glm_export.exporter.quantization_config import HF_QUANT_CONFIG
-from glm_export.exporter.shards import INDEX
+from glm_export.exporter.source.checkpoint import CONFIG, Checkpoint
+from glm_export.exporter.source.companions import companions, read_companion
+from glm_export.exporter.source.quantization_config import HF_QUANT_CONFIG
+from glm_export.exporter.source.shards import INDEX
 from glm_export.exporter.staging import Staging
 from glm_export.exporter.storage import Block, WeightTensor, blocks, convert, scale_name
 from glm_export.exporter.weight_file import WeightFile

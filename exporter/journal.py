@@ -16,8 +16,8 @@ from types import MappingProxyType
 from glm_export.exporter.config import parse_json, plural
 from glm_export.exporter.pipeline import in_order
 from glm_export.exporter.progress import Reporter
-from glm_export.exporter.quantized import RoundingError
-from glm_export.exporter.source_file import read_text_file
+from glm_export.exporter.source.quantized import RoundingError
+from glm_export.exporter.source.source_file import read_text_file
 from glm_export.runtime.bundle import JOURNAL_NAME
 from glm_export.runtime.errors import InputError, IntegrityError
 from glm_export.runtime.files import FileRecord, Progress, resolve_inside, sha256_of, write_text_durably

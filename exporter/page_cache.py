@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.plan import BuildPlan
-from glm_export.exporter.source_file import open_regular
+from glm_export.exporter.source.checkpoint import Checkpoint
+from glm_export.exporter.source.source_file import open_regular
 from glm_export.exporter.storage import Block
 from glm_export.runtime.files import fits_page_cache
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_export.exporter.checkpoint import Checkpoint
-from glm_export.exporter.companions import companions
 from glm_export.exporter.config import Glm4MoeConfig, contract
 from glm_export.exporter.journal import Key
 from glm_export.exporter.layout import TIED, Parameter, groups
 from glm_export.exporter.recipe import Recipe, check_model
+from glm_export.exporter.source.checkpoint import Checkpoint
+from glm_export.exporter.source.companions import companions
 from glm_export.exporter.storage import Block, blocks, stored_tensors
 from glm_export.exporter.weight_file import FOLDER, Location, WeightFile, all_locations
 from glm_export.runtime.bundle import MODEL_NAME

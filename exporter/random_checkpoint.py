@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.layout import Kind, Parameter, mtp_parameters, parameters, parts
-from glm_export.exporter.shards import INDEX, SINGLE
+from glm_export.exporter.source.shards import INDEX, SINGLE
 from glm_export.runtime.errors import ResourceError, UsageError
 
 _CODES = {"bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16), "float32": ("F32", torch.float32)}

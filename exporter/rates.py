@@ -13,11 +13,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.page_cache import forget, too_large_to_stay
 from glm_export.exporter.pipeline import WAITING, in_order
 from glm_export.exporter.plan import BuildPlan
 from glm_export.exporter.precision import QUANTIZED
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.storage import Block, Converted, convert
 from glm_export.exporter.weight_file import as_bytes
 from glm_export.plugins.fp8_native import quantize_rows

@@ -24,7 +24,7 @@ from glm_export.exporter.config import (
     key_and_hint,
     plural,
 )
-from glm_export.exporter.source_file import read_text_file
+from glm_export.exporter.source.source_file import read_text_file
 from glm_export.runtime.contract import COMPUTE_DTYPES, OPTIONAL_OUTPUTS, LogitsMode
 from glm_export.runtime.errors import InputError, UsageError
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glm_export.exporter.checkpoint import Checkpoint, Piece
 from glm_export.exporter.layout import Parameter
 from glm_export.exporter.precision import HIGH_PRECISION, storage_dtype
-from glm_export.exporter.quantized import RoundingError
+from glm_export.exporter.source.checkpoint import Checkpoint, Piece
+from glm_export.exporter.source.quantized import RoundingError
 from glm_export.plugins.fp8_native import quantize_rows
 from glm_export.runtime.errors import InputError, UsageError
 

@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.compare import Comparison, Tolerance, Verdict, table
 from glm_export.exporter.model import Glm4MoeForCausalLM
 from glm_export.exporter.progress import Reporter
 from glm_export.exporter.recipe import Recipe, Validate
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.weights import bundle_config, read_bundle, reference_of_bundle, reference_of_checkpoint
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.contract import COMPUTE_DTYPES

@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.layout import TIED, parameters
 from glm_export.exporter.model import Glm4MoeForCausalLM
 from glm_export.exporter.precision import HIGH_PRECISION
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.storage import stored_tensors
 from glm_export.exporter.weight_file import FOLDER
 from glm_export.runtime.bundle import Bundle

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from glm_export.exporter.build import build
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.progress import Reporter
 from glm_export.exporter.random_checkpoint import write_random_checkpoint
 from glm_export.exporter.recipe import Recipe, load_recipe
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.runtime.bundle import Bundle
 
 BundleOf = Callable[[str], Bundle]

@@ -21,7 +21,7 @@ import onnx
 import pytest
 from cli_tools import bundle, call, checkpoint, copied
 
-from glm_export.exporter.companions import COPIED
+from glm_export.exporter.source.companions import COPIED
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.files import FileRecord, sha256_of
 

@@ -28,8 +28,8 @@ from glm_export.exporter.recipe import PRECISIONS, TARGETS, Recipe, load_recipe,
 from glm_export.runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from glm_export.exporter.checkpoint import Checkpoint
     from glm_export.exporter.progress import Reporter
+    from glm_export.exporter.source.checkpoint import Checkpoint
     from glm_export.runtime.manifest import Manifest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -188,7 +188,7 @@ def _source(
     if not no_weights:
         if checkpoint is None:
             raise UsageError("CKPT is missing: give a checkpoint directory, or --no-weights for only the graph.")
-        from glm_export.exporter.checkpoint import Checkpoint
+        from glm_export.exporter.source.checkpoint import Checkpoint
 
         return Checkpoint.open(checkpoint, ignored)
     if checkpoint is not None:

@@ -37,11 +37,11 @@ def checkpoint(
     The source is a bundle, or a checkpoint of any format that `build` reads. The weights are those of an fp8 bundle:
     what is FP8 per channel already is carried over bit for bit. Prints how to serve it on the GPUs that hold it.
     """
-    from glm_export.exporter.bundle_source import checkpoint_of
-    from glm_export.exporter.checkpoint import Checkpoint
     from glm_export.exporter.hf_checkpoint import write_hf_checkpoint
     from glm_export.exporter.progress import Reporter
     from glm_export.exporter.serving import launch_lines, splits
+    from glm_export.exporter.source.bundle_source import checkpoint_of
+    from glm_export.exporter.source.checkpoint import Checkpoint
     from glm_export.runtime.bundle import Bundle
     from glm_export.runtime.manifest import MANIFEST_NAME
 

@@ -15,11 +15,11 @@ import pytest
 from glm_export.exporter import build as build_module
 from glm_export.exporter import staging as staging_module
 from glm_export.exporter.build import build
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.layout import parameters
 from glm_export.exporter.progress import Reporter
 from glm_export.exporter.random_checkpoint import write_random_checkpoint
 from glm_export.exporter.recipe import load_recipe
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.staging import Staging
 from glm_export.exporter.storage import convert
 from glm_export.runtime.bundle import Bundle

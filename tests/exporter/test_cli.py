@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from cli_tools import ERROR, bundle, call, checkpoint, copied, refused
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.cli import cli
 from glm_export.exporter.journal import Journal
 from glm_export.exporter.layout import parameters
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.files import FileRecord, sha256_of
 from glm_export.runtime.manifest import Manifest

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.gpus import GPUS, gpus_needed, tensor_parallel_size
 from glm_export.exporter.hf_checkpoint import FORMATS
 from glm_export.exporter.serving import ENGINES, launch_lines, splits
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.weights import reference_of_checkpoint
 
 TOLERANCE = 2e-5

@@ -13,10 +13,10 @@ from onnx.external_data_helper import load_external_data_for_model
 from onnx_evaluator import OnnxEvaluator
 
 from glm_export.exporter.build import build
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.compare import Comparison, Verdict
 from glm_export.exporter.progress import Reporter
 from glm_export.exporter.recipe import load_recipe
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.tensorrt.layers import read_layers
 from glm_export.exporter.tensorrt.lower import lower
 from glm_export.exporter.tensorrt.network import parse_network

@@ -20,7 +20,6 @@ import transformers
 from closeness import expect_close
 from torch import Tensor, nn
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.layout import parameters
 from glm_export.exporter.model import (
@@ -32,6 +31,7 @@ from glm_export.exporter.model import (
     Router,
 )
 from glm_export.exporter.precision import storage_dtype
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.weights import reference_of_checkpoint
 
 U32 = 2.0**-24

@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.layout import mtp_parameters, parameters, parts
 from glm_export.exporter.random_checkpoint import make_tokenizer, write_random_checkpoint
 from glm_export.exporter.recipe import load_recipe
-from glm_export.exporter.shards import INDEX, SINGLE
+from glm_export.exporter.source.checkpoint import Checkpoint
+from glm_export.exporter.source.shards import INDEX, SINGLE
 from glm_export.runtime.errors import ResourceError, UsageError
 
 TINY = load_recipe("tiny").model

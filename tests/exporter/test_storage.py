@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.layout import Parameter, parameters
 from glm_export.exporter.precision import HIGH_PRECISION, QUANTIZED, storage_dtype
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.storage import Converted, blocks, convert, scale_name, stored_tensors
 from glm_export.exporter.weight_file import ALIGNMENT, WeightFile
 from glm_export.exporter.weights import read_bundle

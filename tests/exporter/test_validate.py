@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from glm_export.exporter.build import build
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.progress import Reporter
 from glm_export.exporter.recipe import load_recipe
+from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.validate import tolerances, validate
 from glm_export.exporter.weights import reference_of_bundle
 from glm_export.runtime.bundle import Bundle

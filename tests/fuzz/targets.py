@@ -22,9 +22,9 @@ import safetensors
 from mutation import PATTERN, mutated_json, mutated_manifest, mutated_shard
 
 from glm_export.exporter.config import ALIASES, ROPE_TABLES, Glm4MoeConfig, parse_json
-from glm_export.exporter.quantization_config import parse_quantization
-from glm_export.exporter.safetensors_header import header_length, parse_header
-from glm_export.exporter.shards import INDEX, parse_index
+from glm_export.exporter.source.quantization_config import parse_quantization
+from glm_export.exporter.source.safetensors_header import header_length, parse_header
+from glm_export.exporter.source.shards import INDEX, parse_index
 from glm_export.runtime.contract import OPTIONAL_OUTPUTS, Contract
 from glm_export.runtime.errors import GlmExportError, InputError, IntegrityError
 from glm_export.runtime.manifest import MANIFEST_NAME, FileRecord, Manifest

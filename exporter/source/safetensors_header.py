@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from glm_export.exporter.config import parse_json
-from glm_export.exporter.source_file import LARGEST_TEXT
+from glm_export.exporter.source.source_file import LARGEST_TEXT
 from glm_export.runtime.errors import InputError
 
 PREFIX_BYTES = 8

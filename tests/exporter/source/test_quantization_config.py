@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from glm_export.exporter import quantized
 from glm_export.exporter.layout import parameters, parts
-from glm_export.exporter.quantization_config import parse_quantization
-from glm_export.exporter.quantized import Names, Scheme
 from glm_export.exporter.recipe import load_recipe
+from glm_export.exporter.source import quantized
+from glm_export.exporter.source.quantization_config import parse_quantization
+from glm_export.exporter.source.quantized import Names, Scheme
 from glm_export.runtime.errors import InputError
 
 MODULES = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from glm_export.exporter.source_file import open_regular, read_text_file
+from glm_export.exporter.source.source_file import open_regular, read_text_file
 from glm_export.runtime.errors import InputError
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

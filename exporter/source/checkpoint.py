@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from glm_export.exporter.config import Glm4MoeConfig, parse_json
-from glm_export.exporter.inventory import (
+from glm_export.exporter.layout import Parameter, layer_index, parameters
+from glm_export.exporter.precision import QUANTIZED
+from glm_export.exporter.source.inventory import (
     FP8,
     complete_mtp,
     is_unused,
@@ -30,13 +32,18 @@ from glm_export.exporter.inventory import (
     scale_of,
     stored_parts,
 )
-from glm_export.exporter.layout import Parameter, layer_index, parameters
-from glm_export.exporter.precision import QUANTIZED
-from glm_export.exporter.quantization_config import HF_QUANT_CONFIG, parse_quantization
-from glm_export.exporter.quantized import PER_TOKEN, Quantization, Scheme
-from glm_export.exporter.safetensors_header import StoredTensor
-from glm_export.exporter.shards import INDEX, Shard, read_shard_set, refuse
-from glm_export.exporter.source_file import Stamp, check_stamp, open_regular, read_into, read_text_file, refuse_change
+from glm_export.exporter.source.quantization_config import HF_QUANT_CONFIG, parse_quantization
+from glm_export.exporter.source.quantized import PER_TOKEN, Quantization, Scheme
+from glm_export.exporter.source.safetensors_header import StoredTensor
+from glm_export.exporter.source.shards import INDEX, Shard, read_shard_set, refuse
+from glm_export.exporter.source.source_file import (
+    Stamp,
+    check_stamp,
+    open_regular,
+    read_into,
+    read_text_file,
+    refuse_change,
+)
 from glm_export.plugins.fp8 import E4M3_MAX
 from glm_export.runtime.errors import InputError
 

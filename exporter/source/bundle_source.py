@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.config import Glm4MoeConfig
-from glm_export.exporter.quantized import Names, Quantization, Scheme
-from glm_export.exporter.shards import read_shard
+from glm_export.exporter.source.checkpoint import Checkpoint
+from glm_export.exporter.source.quantized import Names, Quantization, Scheme
+from glm_export.exporter.source.shards import read_shard
 from glm_export.exporter.weight_file import FOLDER, PADDING
 from glm_export.runtime.bundle import Bundle
 

@@ -8,12 +8,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.layout import expert_parts, mtp_parameters, parameters
 from glm_export.exporter.random_checkpoint import write_random_checkpoint
 from glm_export.exporter.recipe import load_recipe
-from glm_export.exporter.shards import INDEX, SINGLE
-from glm_export.exporter.source_file import read_exactly
+from glm_export.exporter.source.checkpoint import Checkpoint
+from glm_export.exporter.source.shards import INDEX, SINGLE
+from glm_export.exporter.source.source_file import read_exactly
 from glm_export.runtime.errors import InputError, IntegrityError
 
 TINY = load_recipe("tiny").model

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_export.exporter.config import parse_json, plural
-from glm_export.exporter.safetensors_header import (
+from glm_export.exporter.source.safetensors_header import (
     MOST_TENSORS,
     PREFIX_BYTES,
     StoredTensor,
@@ -19,7 +19,7 @@ from glm_export.exporter.safetensors_header import (
     parse_header,
     refuse_bulk,
 )
-from glm_export.exporter.source_file import Stamp, open_regular, read_exactly, read_text_file
+from glm_export.exporter.source.source_file import Stamp, open_regular, read_exactly, read_text_file
 from glm_export.runtime.errors import InputError
 
 INDEX = "model.safetensors.index.json"

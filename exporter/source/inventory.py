@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, MutableMapping
 
 from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.layout import TIED, Parameter, mtp_parameters, parameters, parts
-from glm_export.exporter.quantized import Quantization, Scheme
-from glm_export.exporter.safetensors_header import StoredTensor
+from glm_export.exporter.source.quantized import Quantization, Scheme
+from glm_export.exporter.source.safetensors_header import StoredTensor
 
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 FP8 = "F8_E4M3"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from glm_export.exporter.config import key_and_hint
-from glm_export.exporter.quantized import Names, Quantization, Scheme
+from glm_export.exporter.source.quantized import Names, Quantization, Scheme
 from glm_export.runtime.errors import InputError
 
 Table = Mapping[str, Any]

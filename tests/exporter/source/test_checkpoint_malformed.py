@@ -14,11 +14,11 @@ import pytest
 from cli_tools import refused
 from safetensors import SafetensorError, safe_open
 
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.layout import parameters
-from glm_export.exporter.quantization_config import HF_QUANT_CONFIG
-from glm_export.exporter.shards import INDEX
+from glm_export.exporter.source.checkpoint import Checkpoint
+from glm_export.exporter.source.quantization_config import HF_QUANT_CONFIG
+from glm_export.exporter.source.shards import INDEX
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Glm4MoeForCausalLM"],

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from glm_export.exporter import storage
 from glm_export.exporter.build import build
-from glm_export.exporter.checkpoint import Checkpoint
 from glm_export.exporter.layout import parameters
 from glm_export.exporter.progress import Reporter
-from glm_export.exporter.quantized import RoundingError
 from glm_export.exporter.random_checkpoint import write_random_checkpoint
 from glm_export.exporter.recipe import load_recipe
+from glm_export.exporter.source.checkpoint import Checkpoint
+from glm_export.exporter.source.quantized import RoundingError
 from glm_export.exporter.weights import reference_of_checkpoint
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.errors import InputError
