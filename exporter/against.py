@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from glm_export.exporter.validate import (
     with_embeddings,
 )
 from glm_export.exporter.weights import reference_of_bundle
-from glm_export.plugins.library import CPU_VARIABLE, PORTABLE
+from glm_export.plugins.library import PORTABLE, forced_cpu
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.engine_info import ENGINE_TARGETS
 from glm_export.runtime.errors import UsageError
@@ -87,7 +86,7 @@ class AgainstReport:
             "prompt_lengths": list(self.prompt_lengths),
             "steps": self.steps,
             "verdict": self.verdict.to_dict(),
-            **{name: {"title": c.title, **c.summary(), "per_step": c.steps()} for name, c in compared.items()},
+            **{name: comparison.to_dict() for name, comparison in compared.items()},
         }
 
     def lines(self) -> list[str]:
@@ -187,7 +186,7 @@ def validate_against(
 
     def runner(name: str) -> SessionRunner:
         def open_one() -> Session:
-            with _only_bodies() if name == "portable" else contextlib.nullcontext():
+            with forced_cpu(PORTABLE) if name == "portable" else contextlib.nullcontext():
                 engine = "onnxruntime" if name == "portable" else name
                 cpu_threads = None if name in ENGINE_TARGETS else threads
                 return with_embeddings(
@@ -241,17 +240,3 @@ def validate_against(
 
 def _of_a_pair(tolerance: Tolerance) -> Tolerance:
     return Tolerance(bound=_PAIR_FACTOR * tolerance.bound, reason=f"sqrt 2 x {tolerance.reason}")
-
-
-@contextlib.contextmanager
-def _only_bodies() -> Iterator[None]:
-    """Sessions that are opened meanwhile run without our kernels."""
-    before = os.environ.get(CPU_VARIABLE)
-    os.environ[CPU_VARIABLE] = PORTABLE
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[CPU_VARIABLE]
-        else:
-            os.environ[CPU_VARIABLE] = before

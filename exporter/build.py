@@ -28,7 +28,7 @@ from glm_export.exporter.plan import BuildPlan, PlannedFile, versions
 from glm_export.exporter.progress import Advance, Reporter
 from glm_export.exporter.recipe import Recipe
 from glm_export.exporter.source.checkpoint import Checkpoint
-from glm_export.exporter.source.companions import read_companion
+from glm_export.exporter.source.companions import copy_companions
 from glm_export.exporter.source.quantized import RoundingError
 from glm_export.exporter.staging import Staging
 from glm_export.exporter.storage import Block, Converted, convert
@@ -119,11 +119,7 @@ def _copy_small_files(plan: BuildPlan, directory: Path) -> dict[str, FileRecord]
     # Our own rendering of config.json: it says what was built, with --layers too, and has no key that nobody read.
     text = json.dumps(plan.config.to_hf_dict(), indent=2)
     records = {"config.json": write_text_durably(directory / "config.json", text)}
-    for path in plan.copied:
-        with HashingWriter(directory / path.name) as writer:
-            writer.write(read_companion(path))
-        records[path.name] = writer.record
-    return records
+    return records | copy_companions(plan.copied, directory)
 
 
 def _write_graph(plan: BuildPlan, directory: Path, journal: Journal, reporter: Reporter) -> FileRecord:

@@ -67,6 +67,10 @@ class Comparison:
             greedy_tokens=tuple(np.logical_and.accumulate(top1, axis=0).sum(0).tolist()),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {"title": self.title, **self.summary(), "per_step": self.steps()}
+
     def steps(self) -> list[dict[str, float]]:
         """One entry per step: step 0 is the prefill. Worst over the rows, except for the mean KL and the agreement."""
         return [

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from glm_export.exporter.config import Glm4MoeConfig
 from glm_export.exporter.layout import Parameter, layer_index, mtp_parameters, parameters, parts
-from glm_export.exporter.pipeline import default_threads, in_order
+from glm_export.exporter.pipeline import WAITING, default_threads, in_order
 from glm_export.exporter.precision import HIGH_PRECISION, storage_dtype
 from glm_export.exporter.progress import Reporter
 from glm_export.exporter.source.checkpoint import CONFIG, Checkpoint
-from glm_export.exporter.source.companions import companions, read_companion
+from glm_export.exporter.source.companions import companions, copy_companions
 from glm_export.exporter.source.quantization_config import HF_QUANT_CONFIG
 from glm_export.exporter.source.shards import INDEX
 from glm_export.exporter.staging import Staging
@@ -38,7 +38,6 @@ from glm_export.runtime.files import HashingWriter, write_text_durably
 Format = Literal["compressed-tensors", "modelopt"]
 FORMATS: tuple[Format, ...] = ("compressed-tensors", "modelopt")
 
-_BLOCKS_AHEAD = 2
 _KEPT_IN_MTP = "eh_proj.weight"
 """The one linear of a multi-token-prediction layer that the vendor does not quantize."""
 
@@ -148,9 +147,7 @@ def _write(
 
     _write_weights(source, files, directory, reporter, threads)
     source.check_unchanged()
-    for path in taken_over:
-        with HashingWriter(directory / path.name) as writer:
-            writer.write(read_companion(path))
+    copy_companions(taken_over, directory)
     for name, table in _tables(source.config, stored, files, format).items():
         write_text_durably(directory / name, json.dumps(table, indent=2) + "\n")
 
@@ -202,7 +199,7 @@ def _write_weights(
         lambda item: (item[0], convert(source, item[1], item[0].precision)),
         work,
         threads=threads,
-        ahead=threads + _BLOCKS_AHEAD,
+        ahead=threads + WAITING,
     )
     with reporter.stage("writing FP8 weights", total) as advance, closing(converted):
         for layout, members in files:

@@ -106,10 +106,7 @@ class Report:
             "prompt_lengths": list(self.prompt_lengths),
             "steps": self.steps,
             "verdict": self.verdict.to_dict(),
-            **{
-                name: {"title": c.title, **c.summary(), "per_step": c.steps()} if c else None
-                for name, c in compared.items()
-            },
+            **{name: comparison and comparison.to_dict() for name, comparison in compared.items()},
         }
 
     def lines(self) -> list[str]:

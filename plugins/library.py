@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,20 @@ def cpu_kernels(library: Path) -> Kernels:
     if not isa:
         raise ValueError(f"{CPU_VARIABLE} is {os.environ.get(CPU_VARIABLE)!r}: this machine can not run that.")
     return Kernels(isa=isa, ops=tuple(sorted(ops)))
+
+
+@contextlib.contextmanager
+def forced_cpu(isa: str) -> Iterator[None]:
+    """Sets GLM_EXPORT_CPU for the sessions that are opened meanwhile; each keeps what it said then."""
+    before = os.environ.get(CPU_VARIABLE)
+    os.environ[CPU_VARIABLE] = isa
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CPU_VARIABLE]
+        else:
+            os.environ[CPU_VARIABLE] = before
 
 
 def wants_kernels() -> bool:

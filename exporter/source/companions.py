@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from glm_export.exporter.source.source_file import open_regular, read_text_file
 from glm_export.runtime.errors import InputError
+from glm_export.runtime.files import FileRecord, HashingWriter
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """Taken over from the checkpoint where it has them."""
@@ -38,7 +40,16 @@ def companions(directory: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def read_companion(path: Path) -> bytes:
-    """The content of one; raises as `read_text_file`."""
-    data, _ = read_text_file(path, _LARGEST)
-    return data
+def copy_companions(paths: Iterable[Path], directory: Path) -> dict[str, FileRecord]:
+    """Copies them into a folder; raises as `read_text_file`.
+
+    Returns:
+        Name -> size and hash of what was written.
+    """
+    records = {}
+    for path in paths:
+        data, _ = read_text_file(path, _LARGEST)
+        with HashingWriter(directory / path.name) as writer:
+            writer.write(data)
+        records[path.name] = writer.record
+    return records

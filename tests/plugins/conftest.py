@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -27,7 +25,7 @@ import glm_export.plugins.torch_ops  # noqa: F401 (defines torch.ops.glm)
 from glm_export.exporter.tensorrt.lower import lower
 from glm_export.plugins.bodies import OPSET, portable_functions
 from glm_export.plugins.fp8_cache_write.reference import fp8_cache_write
-from glm_export.plugins.library import CPU_VARIABLE, Kernels, cpu_kernels, cpu_library
+from glm_export.plugins.library import Kernels, cpu_kernels, cpu_library, forced_cpu
 from glm_export.plugins.ops import OPS
 from glm_export.plugins.schema import DOMAIN, VERSION
 from glm_export.plugins.schema import Tensor as TensorSchema
@@ -209,20 +207,6 @@ def kernels_for(isa: str) -> Kernels | None:
             return cpu_kernels(built_library())
         except ValueError:
             return None
-
-
-@contextlib.contextmanager
-def forced_cpu(isa: str) -> Iterator[None]:
-    """A session keeps what GLM_EXPORT_CPU said when it was made."""
-    before = os.environ.get(CPU_VARIABLE)
-    os.environ[CPU_VARIABLE] = isa
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[CPU_VARIABLE]
-        else:
-            os.environ[CPU_VARIABLE] = before
 
 
 @functools.cache
