@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 CPP = $(foreach suffix,c cpp h cu cuh,$(wildcard plugins/*/*.$(suffix) tests/*/*.$(suffix) tests/*/*/*.$(suffix)))
 SOURCES = pyproject.toml CMakeLists.txt constraints.txt $(wildcard exporter/* exporter/*/* runtime/* plugins/* plugins/*/* recipes/*)
 
-.PHONY: demo test test-gpu check format kernels cuda faults fuzz clean
+.PHONY: demo test test-gpu check format kernels cuda sanitize faults fuzz clean
 
 demo: $(VENV)/.cpu
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -47,6 +47,10 @@ cuda:
 	cmake -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release -DGLM_CUDA=ON -DGLM_CUDA_REPORT=ON
 	cmake --build build/cuda --target glm_cuda >build/cuda/ptxas.txt 2>&1 || { cat build/cuda/ptxas.txt; false; }
 	$(PYTHON) bench/cuda_resources.py build/cuda/ptxas.txt >bench/CUDA_RESOURCES.md
+
+# The tests of the CPU kernels, with sanitizers that see every wrong address; a few minutes.
+sanitize: $(VENV)/.dev
+	$(BIN)/python tests/sanitize.py
 
 # Breaks builds in every way and writes docs/faults.md; a few minutes.
 faults: $(VENV)/.dev

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import click
 
+from glm_export.exporter.commands.bench import bench
 from glm_export.exporter.commands.build import build
 from glm_export.exporter.commands.checkpoint import checkpoint
 from glm_export.exporter.commands.engine import engine
@@ -67,7 +68,7 @@ def cli(settings: Settings, debug: bool) -> None:
     settings.debug = debug
 
 
-for _command in (make_checkpoint, plan, build, engine, checkpoint, run, validate, inspect, verify):
+for _command in (make_checkpoint, plan, build, engine, checkpoint, run, bench, validate, inspect, verify):
     cli.add_command(_command)
 
 

@@ -270,11 +270,14 @@ class Glm4MoeForCausalLM(nn.Module):
         self.model = Decoder(config, precision)
         self.lm_head = Linear(precision, "lm_head", config.hidden_size, config.vocab_size)
 
-    def empty_caches(self, batch: int, capacity: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Zero-filled (k_cache, v_cache) [B,J,C,A] per layer."""
+    def empty_caches(
+        self, batch: int, capacity: int, dtype: torch.dtype | None = None
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Zero-filled (k_cache, v_cache) [B,J,C,A] per layer; in the compute dtype when dtype is None."""
+        dtype = dtype or self.compute_dtype
         shape_BJCA = (batch, self.config.num_key_value_heads, capacity, self.config.head_dim)
         return tuple(
-            (torch.zeros(shape_BJCA, dtype=self.compute_dtype), torch.zeros(shape_BJCA, dtype=self.compute_dtype))
+            (torch.zeros(shape_BJCA, dtype=dtype), torch.zeros(shape_BJCA, dtype=dtype))
             for _ in range(self.config.num_hidden_layers)
         )
 

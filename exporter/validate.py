@@ -49,7 +49,9 @@ _E4M3_NOISE = 2.0**-4 * (1 / 6) ** 0.5
 2^-4 / sqrt(3) * sqrt(mean of 1/m^2) = 0.0255."""
 
 
-def tolerances(precision: str, layers: int, target: str = "onnxruntime") -> tuple[Tolerance, Tolerance]:
+def tolerances(
+    precision: str, layers: int, target: str = "onnxruntime", cache_dtype: str | None = None
+) -> tuple[Tolerance, Tolerance]:
     """Bounds on the relative L2 of an engine's logits to its precision-aware reference: overall; per row or step.
 
     Both compute the same products and differ in the order of float32 sums, which now and then turns a rounding around.
@@ -61,12 +63,20 @@ def tolerances(precision: str, layers: int, target: str = "onnxruntime") -> tupl
     probabilities. From there on the roundings inside of an update are unrelated as well, and no update is larger than
     the stream: in attention 9 in a row (norm, projection, bias, q norm, scale, probabilities, values, projection, the
     update's own), in an MLP 6 (norm, up, SiLU, down, the sum with the shared expert, the update's own).
+
+    Caches coarser than the activations may turn around, too: at worst keys and values of every layer are unrelated
+    roundings to the cache's dtype.
     """
     dtype = COMPUTE_DTYPES[precision]
     per_layer = 9 + 6 if target in ENGINE_TARGETS and dtype != "float32" else 2
     updates = 2 * layers + 2
     where = f"{updates} updates" if per_layer == 2 else f"and around {updates} updates"
     stream = Tolerance(bound=_ROUNDOFF[dtype] * (per_layer * layers + 2) ** 0.5, reason=f"{dtype} roundoff in {where}")
+    if cache_dtype and _ROUNDOFF[cache_dtype] > _ROUNDOFF[dtype]:
+        stream = Tolerance(
+            bound=(stream.bound**2 + 2 * layers * _ROUNDOFF[cache_dtype] ** 2) ** 0.5,
+            reason=f"{stream.reason}, {cache_dtype} roundoff in {2 * layers} caches",
+        )
     if precision != "fp8":
         return stream, stream
     quantizers = Tolerance(bound=2 * _E4M3_NOISE, reason="unrelated E4M3 rounding in two quantizers")
@@ -80,6 +90,8 @@ class Report:
     bundle: str
     target: str
     precision: str
+    cache_dtype: str | None
+    """Of the KV caches; None is the compute dtype, or what the engine was built with."""
     prompt_lengths: tuple[int, ...]
     steps: int
     engine: Comparison
@@ -103,6 +115,7 @@ class Report:
             "bundle": self.bundle,
             "target": self.target,
             "precision": self.precision,
+            "cache_dtype": self.cache_dtype,
             "prompt_lengths": list(self.prompt_lengths),
             "steps": self.steps,
             "verdict": self.verdict.to_dict(),
@@ -130,6 +143,7 @@ def validate(
     steps: int | None = None,
     seed: int | None = None,
     threads: int | None = None,
+    cache_dtype: str | None = None,
     reporter: Reporter,
 ) -> Report:
     """Compares an engine of the bundle with the references and writes reports/validation.json.
@@ -144,13 +158,14 @@ def validate(
         steps: cached steps.
         seed: of the random prompts.
         threads: CPU threads of the engine.
+        cache_dtype: of the KV caches, of engine and precision-aware reference; the compute dtype when None.
         reporter: where progress goes.
 
     Raises:
         InputError: the checkpoint is needed and is missing, or is another one.
         IntegrityError: the bundle does not say where it is from, or its reports would go elsewhere.
         AccuracyError: logits that are not finite.
-        UsageError: a number below 1.
+        UsageError: a number below 1, or the engine has no caches of that dtype.
     """
     recipe = Recipe.from_dict(bundle.manifest.recipe).validate
     rows, longest, steps, seed = sizes(recipe, prompts, prompt_tokens, steps, seed)
@@ -162,13 +177,16 @@ def validate(
     prompt_ids = random_prompts(bundle.manifest.contract.vocab_size, rows, longest, seed)
     with (
         reporter.stage(f"running the {target} engine"),
-        open_engine_session(bundle, target, rows=rows, tokens=longest + steps, threads=threads) as session,
+        open_engine_session(
+            bundle, target, rows=rows, tokens=longest + steps, threads=threads, cache_dtype=cache_dtype
+        ) as session,
     ):
         tokens, engine = decode(with_embeddings(session), prompt_ids, steps)
     with reporter.stage("running the precision-aware reference"):
-        reference = reference_logits(reference_of_bundle(bundle, stream=True), prompt_ids, tokens)
+        reference = reference_logits(reference_of_bundle(bundle, stream=True), prompt_ids, tokens, cache_dtype)
     with reporter.stage("running its permuted twin"):
-        twin = reference_logits(reference_of_bundle(bundle, stream=True, permute_seed=seed), prompt_ids, tokens)
+        twin_model = reference_of_bundle(bundle, stream=True, permute_seed=seed)
+        twin = reference_logits(twin_model, prompt_ids, tokens, cache_dtype)
     fp32 = None
     if source:
         with reporter.stage("running the float32 reference"):
@@ -177,11 +195,12 @@ def validate(
     manifest = bundle.manifest
     comparison = Comparison.of(f"engine - {manifest.precision} reference", engine, reference)
     noise = Comparison.of(f"{manifest.precision} reference - its twin", twin, reference)
-    overall, per_line = tolerances(manifest.precision, manifest.contract.num_hidden_layers, target)
+    overall, per_line = tolerances(manifest.precision, manifest.contract.num_hidden_layers, target, cache_dtype)
     report = Report(
         bundle=manifest.name,
         target=target,
         precision=manifest.precision,
+        cache_dtype=cache_dtype,
         prompt_lengths=tuple(map(len, prompt_ids)),
         steps=steps,
         engine=comparison,
@@ -247,12 +266,14 @@ def sizes(
     return rows, longest, steps, seed
 
 
-def open_engine_session(bundle: Bundle, target: str, *, rows: int, tokens: int, threads: int | None) -> Session:
+def open_engine_session(
+    bundle: Bundle, target: str, *, rows: int, tokens: int, threads: int | None, cache_dtype: str | None = None
+) -> Session:
     """Opens a session for `rows` prompts of up to `tokens` tokens; an engine with sizes of its own keeps them."""
     if target in ENGINE_TARGETS:
-        return open_session(bundle, target=target, threads=threads)
+        return open_session(bundle, target=target, threads=threads, cache_dtype=cache_dtype)
     capacity = min(tokens, bundle.manifest.max_position_embeddings)
-    return open_session(bundle, target=target, batch=rows, capacity=capacity, threads=threads)
+    return open_session(bundle, target=target, batch=rows, capacity=capacity, threads=threads, cache_dtype=cache_dtype)
 
 
 def random_prompts(vocab_size: int, rows: int, longest: int, seed: int) -> list[list[int]]:
@@ -290,9 +311,15 @@ def decode(
 
 
 def reference_logits(
-    model: Glm4MoeForCausalLM, prompts: Sequence[Sequence[int]], tokens_NB: npt.NDArray[np.int64]
+    model: Glm4MoeForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    tokens_NB: npt.NDArray[np.int64],
+    cache_dtype: str | None = None,
 ) -> Floats:
-    """A reference's logits [N+1, B, V] at the same places, from one pass over prompt and tokens without a cache."""
+    """A reference's logits [N+1, B, V] at the same places, from one pass over prompt and tokens.
+
+    Nothing was cached before; keys and values are rounded to cache_dtype, or to the compute dtype when it is None.
+    """
     steps = len(tokens_NB)
     ids = [[*prompt, *tokens_NB[:, row].tolist()] for row, prompt in enumerate(prompts)]
     longest = max(map(len, ids))
@@ -300,7 +327,8 @@ def reference_logits(
     length_B = torch.tensor([len(row) for row in ids])
     places_BN = (length_B - 1 - steps).unsqueeze(1) + torch.arange(steps + 1)
     with torch.no_grad():
-        logits_BNV = model(ids_BS, length=length_B, logits_to_keep=places_BN).logits
+        caches = model.empty_caches(len(ids), longest, getattr(torch, cache_dtype) if cache_dtype else None)
+        logits_BNV = model(ids_BS, caches=caches, length=length_B, logits_to_keep=places_BN).logits
     return cast(Floats, logits_BNV.transpose(0, 1).numpy())
 
 

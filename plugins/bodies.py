@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import onnx
 from onnx import parser
 
+from glm_export.plugins.add_rms_norm.portable import ADD_RMS_NORM
 from glm_export.plugins.cached_attention import tensorrt as tensorrt_attention
 from glm_export.plugins.cached_attention.portable import cached_attention
 from glm_export.plugins.fp8_cache_write.portable import FP8_CACHE_WRITE
 from glm_export.plugins.fp8_portable import FAKE_QUANTIZE_ROWS, ROUND_ROWS
 from glm_export.plugins.linear import tensorrt as tensorrt_linear
 from glm_export.plugins.linear.portable import FP8_LINEAR, LINEAR
+from glm_export.plugins.moe_block.portable import FP8_MOE_BLOCK, MOE_BLOCK
 from glm_export.plugins.moe_experts import tensorrt as tensorrt_experts
 from glm_export.plugins.moe_experts.portable import FP8_MOE_EXPERTS, moe_experts
 from glm_export.plugins.moe_router.portable import MOE_ROUTER
 from glm_export.plugins.ops import OPS
+from glm_export.plugins.qkv_linear.portable import FP8_QKV_LINEAR, QKV_LINEAR
 from glm_export.plugins.residual_add.portable import RESIDUAL_ADD
 from glm_export.plugins.rms_norm.portable import RMS_NORM
 from glm_export.plugins.schema import DOMAIN, VERSION
@@ -27,6 +31,8 @@ _TEXT_DTYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"
 
 TENSORRT_DOMAIN = "trt"
 """Of TensorRT's own ops in its bodies. TensorRT ignores it; other tools want a domain of which they know no op."""
+
+FUSED_BODIES = (ADD_RMS_NORM, QKV_LINEAR, FP8_QKV_LINEAR, MOE_BLOCK, FP8_MOE_BLOCK)
 
 Experts = Literal["plugin", "trt_moe", "decomposed"]
 """What computes router and experts in TensorRT: plugins; the router a plugin and the experts TRT_MoE; standard ops."""
@@ -51,6 +57,7 @@ def portable_functions(*, compute_dtype: str, attentions: bool) -> tuple[onnx.Fu
         moe_experts(_TEXT_DTYPES[compute_dtype]),
         FP8_MOE_EXPERTS,
         FP8_CACHE_WRITE,
+        *FUSED_BODIES,
     )
     return tuple(_parse(body) for body in bodies)
 
@@ -96,11 +103,15 @@ def tensorrt_functions(
     )
 
 
+def fused_functions() -> tuple[onnx.FunctionProto, ...]:
+    """The ops that stand for several others, in terms of those."""
+    return tuple(_parse(body) for body in FUSED_BODIES)
+
+
 def _parse(body: str, overload: str = "") -> onnx.FunctionProto:
-    # A call of a shared helper needs its domain; the bodies read better without it.
-    text = body
-    for helper in ("FakeQuantizeRows", "RoundRows"):
-        text = text.replace(f"= {helper}", f"= {DOMAIN}.{helper}")
+    # A call of another op or a shared helper needs its domain; the bodies read better without it.
+    called = "|".join((*OPS, "FakeQuantizeRows", "RoundRows"))
+    text = re.sub(rf"= ({called})\b", rf"= {DOMAIN}.\1", body)
     domains = {"": OPSET, DOMAIN: VERSION}
     if f"= {TENSORRT_DOMAIN}." in text:
         domains[TENSORRT_DOMAIN] = 1

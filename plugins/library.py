@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPU_VARIABLE = "GLM_EXPORT_CPU"
-"""Forces an instruction set (scalar, avx2); `portable` leaves the kernels out, so that function bodies run."""
+"""Forces an instruction set (scalar, avx2, avx512); `portable` leaves the kernels out, so that function bodies run."""
 
 PORTABLE = "portable"
 

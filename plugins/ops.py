@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from glm_export.plugins.add_rms_norm.schema import ADD_RMS_NORM
 from glm_export.plugins.cached_attention.schema import CACHED_ATTENTION
 from glm_export.plugins.fp8_cache_write.schema import FP8_CACHE_WRITE
 from glm_export.plugins.linear.schema import FP8_LINEAR, LINEAR
+from glm_export.plugins.moe_block.schema import FP8_MOE_BLOCK, MOE_BLOCK
 from glm_export.plugins.moe_experts.schema import FP8_MOE_EXPERTS, MOE_EXPERTS
 from glm_export.plugins.moe_router.schema import MOE_ROUTER
+from glm_export.plugins.qkv_linear.schema import FP8_QKV_LINEAR, QKV_LINEAR
 from glm_export.plugins.residual_add.schema import RESIDUAL_ADD
 from glm_export.plugins.rms_norm.schema import RMS_NORM
 from glm_export.plugins.schema import OpSchema
@@ -25,8 +28,16 @@ OPS: dict[str, OpSchema] = {
         MOE_EXPERTS,
         FP8_MOE_EXPERTS,
         FP8_CACHE_WRITE,
+        ADD_RMS_NORM,
+        QKV_LINEAR,
+        FP8_QKV_LINEAR,
+        MOE_BLOCK,
+        FP8_MOE_BLOCK,
     )
 }
 
 TENSORRT_PLUGINS = ("MoERouter", "MoEExperts", "FP8MoEExperts", "FP8CacheWrite")
 """The ops that TensorRT runs as our plugins; the others are function bodies in what its parser does best."""
+
+FUSED = ("AddRMSNorm", "QkvLinear", "FP8QkvLinear", "MoEBlock", "FP8MoEBlock")
+"""The ops that stand for several others, in graphs that fusion.py has prepared for the CPU kernels."""

@@ -10,7 +10,7 @@ A head size, E experts, V vocabulary. B, S, C and T are free; the others are num
     inputs_embeds              [B,S,D]          compute   instead of input_ids, chosen at export
     write_index                [B]              int64     tokens already in the cache, per row
     length                     [B]              int64     valid tokens after this step, per row
-    k_cache.{i}, v_cache.{i}   [B,J,C,A]        compute   finite everywhere (zero-filled before first use)
+    k_cache.{i}, v_cache.{i}   [B,J,C,A]        cache     finite everywhere (zero-filled before first use)
     logits                     [B,V] or [B,S,V] float32   of each row's last valid token, or of all new tokens
     k_cache_out.{i}, v_cache_out.{i}                      bound to the buffer of the input: the update is in place
     hidden_states.{i}          [B,S,D]          compute   optional: embeddings, then each layer; the last is post-norm
@@ -20,6 +20,8 @@ A head size, E experts, V vocabulary. B, S, C and T are free; the others are num
 A step writes positions write_index .. write_index+S-1 of each row, padding included, so write_index + S <= C must hold
 for every row; targets drop a write beyond that without a word, therefore the session checks it first. What lies in the
 cache at or after `length`, and what is computed for padding tokens, is unspecified (but finite).
+
+Caches are in the compute dtype, unless a session is asked for another one (`cache_dtype`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ Dim = int | str
 LogitsMode = Literal["last", "all"]
 
 COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
-"""Precision of a bundle -> dtype of its activations and KV cache."""
+"""Precision of a bundle -> dtype of its activations, and of its KV cache unless a session asks for another."""
+
+CACHE_DTYPES = ("float32", "bfloat16")
+"""What a session's KV cache may be in, whatever the compute dtype; that one is possible too."""
 
 OPTIONAL_OUTPUTS = ("hidden_states", "router_logits", "attentions")
 
@@ -66,8 +71,8 @@ class Contract:
     outputs: tuple[str, ...] = ()
     """Any of OPTIONAL_OUTPUTS, in that order."""
 
-    def inputs(self) -> tuple[Binding, ...]:
-        """The inputs in engine order."""
+    def inputs(self, cache_dtype: str | None = None) -> tuple[Binding, ...]:
+        """The inputs in engine order; cache_dtype as for `caches`."""
         if self.inputs_embeds:
             tokens = Binding(
                 name="inputs_embeds",
@@ -81,20 +86,25 @@ class Contract:
             tokens,
             Binding(name="write_index", shape=("B",), dtype="int64", meaning="tokens already in the cache"),
             Binding(name="length", shape=("B",), dtype="int64", meaning="valid tokens after this step"),
-            *self.caches(),
+            *self.caches(cache_dtype),
         )
 
-    def caches(self) -> tuple[Binding, ...]:
-        """The KV-cache inputs: k_cache.0, v_cache.0, k_cache.1, ..."""
+    def caches(self, cache_dtype: str | None = None) -> tuple[Binding, ...]:
+        """The KV-cache inputs: k_cache.0, v_cache.0, k_cache.1, ...; in the compute dtype when cache_dtype is None."""
         shape: tuple[Dim, ...] = ("B", self.num_key_value_heads, "C", self.head_dim)
         return tuple(
-            Binding(name=f"{kind}_cache.{i}", shape=shape, dtype=self.compute_dtype, meaning=f"{word} of layer {i}")
+            Binding(
+                name=f"{kind}_cache.{i}",
+                shape=shape,
+                dtype=cache_dtype or self.compute_dtype,
+                meaning=f"{word} of layer {i}",
+            )
             for i in range(self.num_hidden_layers)
             for kind, word in (("k", "rotated keys"), ("v", "values"))
         )
 
-    def outputs_of_step(self) -> tuple[Binding, ...]:
-        """The outputs in engine order: logits, caches, then the optional ones."""
+    def outputs_of_step(self, cache_dtype: str | None = None) -> tuple[Binding, ...]:
+        """The outputs in engine order: logits, caches, then the optional ones; cache_dtype as for `caches`."""
         logits_shape: tuple[Dim, ...] = ("B", "S", self.vocab_size) if self.logits == "all" else ("B", self.vocab_size)
         meaning = "of all new tokens" if self.logits == "all" else "of each row's last valid token"
         return (
@@ -107,7 +117,7 @@ class Contract:
                     meaning=f"{cache.meaning}, updated",
                     in_place_of=cache.name,
                 )
-                for cache in self.caches()
+                for cache in self.caches(cache_dtype)
             ),
             *(binding for kind in OPTIONAL_OUTPUTS if kind in self.outputs for binding in self._optional(kind)),
         )

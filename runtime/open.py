@@ -48,6 +48,7 @@ def open_session(
     capacity: int | None = None,
     threads: int | None = None,
     device: str | None = None,
+    cache_dtype: str | None = None,
 ) -> Session:
     """Opens a bundle for decoding.
 
@@ -58,10 +59,12 @@ def open_session(
         capacity: tokens per row; the bundle's default when None. A TensorRT engine has one of its own.
         threads: CPU threads, of onnxruntime; its choice when None.
         device: `cpu` or `cuda`; when None, cpu for onnxruntime and cuda for the others.
+        cache_dtype: `float32` or `bfloat16`, to which keys and values are rounded when they are cached; the compute
+            dtype when None. A TensorRT engine has one of its own.
 
     Raises:
-        UsageError: there is no such target or device, batch, capacity or threads is out of range, or GLM_EXPORT_CPU
-            asks for kernels that this machine can not run.
+        UsageError: there is no such target, device or cache dtype, batch, capacity or threads is out of range, or
+            GLM_EXPORT_CPU asks for kernels that this machine can not run.
         BackendError: the target's library is not installed, is not the one of the engine, or lacks the device or an
             operator.
         InputError: the bundle has no weights, or no engine for the target.
@@ -74,4 +77,4 @@ def open_session(
         raise UsageError(f"There is no target {target!r}: {hint}")
     chosen = TARGETS[target]
     session: Callable[..., Session] = getattr(importlib.import_module(chosen.module), chosen.session)
-    return session(bundle, batch=batch, capacity=capacity, threads=threads, device=device)
+    return session(bundle, batch=batch, capacity=capacity, threads=threads, device=device, cache_dtype=cache_dtype)

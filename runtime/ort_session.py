@@ -1,7 +1,7 @@
 """Target onnxruntime: the bundle's graph in ONNX Runtime, with KV caches that are updated in place.
 
 Each `k_cache.{i}` and its `k_cache_out.{i}` are bound to one address, so TensorScatter writes the new tokens and copies
-nothing. Bindings and buffers are made once per S; a decode step only fills three small arrays and runs.
+nothing. Bindings and buffers are made once per S; a decode step only fills in its tokens and runs.
 
 On a CPU, ops of the `glm` domain run as our kernels: ONNX Runtime takes a registered kernel in preference to the
 function body of the same name. `GLM_EXPORT_CPU` forces an instruction set, or leaves the kernels out (`portable`).
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from glm_export.plugins.library import Kernels, cpu_kernels, cpu_library, wants_kernels
 from glm_export.runtime.bundle import Bundle
-from glm_export.runtime.contract import Binding
+from glm_export.runtime.contract import CACHE_DTYPES, Binding
 from glm_export.runtime.errors import BackendError, IntegrityError, ResourceError, UsageError, missing_library
 from glm_export.runtime.session import Array, Ints, Session, StepOutput, numpy_dtype
 
@@ -27,6 +28,7 @@ LOG_SEVERITY = 3
 """ONNX Runtime's level for errors."""
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 _ORT_TYPES = {"float32": "float", "int64": "int64", "float16": "float16", "bfloat16": "bfloat16"}
 
@@ -37,8 +39,7 @@ class _Step:
 
     io: Any
     tokens: Array
-    logits: Array
-    extras: dict[str, Array]
+    output: StepOutput
 
 
 class OnnxRuntimeSession(Session):
@@ -46,6 +47,9 @@ class OnnxRuntimeSession(Session):
 
     kernels: Kernels | None
     """The ops that run as our kernels; None if all run as their function bodies."""
+
+    cache_dtype: str
+    """Of the KV caches."""
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class OnnxRuntimeSession(Session):
         capacity: int | None = None,
         threads: int | None = None,
         device: str | None = None,
+        cache_dtype: str | None = None,
     ) -> None:
         """Loads the graph and zero-fills the caches; arguments and errors as `open_session` says."""
         super().__init__(bundle, batch=batch, capacity=capacity)
@@ -64,13 +69,14 @@ class OnnxRuntimeSession(Session):
         _check_device(device)
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}: it must be 1 or more.")
+        self.cache_dtype = cache_dtype or self.contract.compute_dtype
+        if self.cache_dtype not in (self.contract.compute_dtype, *CACHE_DTYPES):
+            raise UsageError(f"There is no cache dtype {cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}.")
         self._device = device
         self._caches = self._zero_caches()
-        self._ort, self.kernels = _load(bundle, threads=threads, device=device)
-        _check_bindings(self._ort.get_inputs(), self.contract.inputs(), "inputs")
-        _check_bindings(self._ort.get_outputs(), self.contract.outputs_of_step(), "outputs")
-        self._write_index = np.zeros(self.batch, np.int64)
-        self._length_after = np.zeros(self.batch, np.int64)
+        self._ort, self.kernels = _load(bundle, threads=threads, device=device, cache_dtype=self.cache_dtype)
+        _check_bindings(self._ort.get_inputs(), self.contract.inputs(self.cache_dtype), "inputs")
+        _check_bindings(self._ort.get_outputs(), self.contract.outputs_of_step(self.cache_dtype), "outputs")
         self._steps: dict[int, _Step] = {}
 
     def cache(self, name: str) -> Array:
@@ -82,12 +88,12 @@ class OnnxRuntimeSession(Session):
         return copy
 
     def _execute(self, tokens: Array, write_index_B: Ints, length_B: Ints) -> StepOutput:
-        self._write_index[:] = write_index_B
-        self._length_after[:] = length_B
         try:
-            step = self._steps.get(tokens.shape[1]) or self._bind(tokens.shape[1])
+            step = self._steps.get(tokens.shape[1]) or self._bind(tokens.shape[1], write_index_B, length_B)
             step.tokens[...] = tokens
+            started = time.perf_counter()
             self._ort.run_with_iobinding(step.io)
+            self.engine_seconds = time.perf_counter() - started
         except Exception as error:
             if isinstance(error, MemoryError) or "allocate memory" in str(error) or "bad_alloc" in str(error):
                 raise ResourceError(
@@ -95,33 +101,37 @@ class OnnxRuntimeSession(Session):
                     f"capacity {self.capacity}: use fewer rows, a smaller prefill chunk or a smaller capacity."
                 ) from error
             raise
-        return StepOutput(logits=step.logits, extras={name: array.copy() for name, array in step.extras.items()})
+        output = step.output
+        if output.extras:
+            extras = {name: array.copy() for name, array in output.extras.items()}
+            return StepOutput(logits=output.logits, extras=extras)
+        return output
 
-    def _bind(self, new: int) -> _Step:
+    def _bind(self, new: int, write_index_B: Ints, length_B: Ints) -> _Step:
         """Binds every input and output for S = `new` and remembers the binding."""
         # Decoding (S = 1) alternates with chunks of one other size: those two are worth keeping.
         self._steps = {size: step for size, step in self._steps.items() if size == 1}
         io = self._ort.io_binding()
-        tokens, _, _, *caches = self.contract.inputs()
+        tokens, _, _, *caches = self.contract.inputs(self.cache_dtype)
         dims = {"B": self.batch, "S": new, "T": self.batch * new, "C": self.capacity}
         token_buffer = np.empty(_shape(tokens, dims), numpy_dtype(tokens.dtype))
         self._bind_input(io, tokens.name, token_buffer)
-        self._bind_input(io, "write_index", self._write_index)
-        self._bind_input(io, "length", self._length_after)
+        self._bind_input(io, "write_index", write_index_B)
+        self._bind_input(io, "length", length_B)
         for cache in caches:
             host, value = self._caches[cache.name]
             io.bind_input(cache.name, self._device, 0, _ONNX_TYPES[cache.dtype], host.shape, value.data_ptr())
         outputs: dict[str, Array] = {}
-        for output in self.contract.outputs_of_step():
-            kind = _ONNX_TYPES[output.dtype]
-            if output.in_place_of is not None:
-                host, value = self._caches[output.in_place_of]
-                io.bind_output(output.name, self._device, 0, kind, host.shape, value.data_ptr())
+        for binding in self.contract.outputs_of_step(self.cache_dtype):
+            kind = _ONNX_TYPES[binding.dtype]
+            if binding.in_place_of is not None:
+                host, value = self._caches[binding.in_place_of]
+                io.bind_output(binding.name, self._device, 0, kind, host.shape, value.data_ptr())
             else:
-                buffer = outputs[output.name] = np.empty(_shape(output, dims), numpy_dtype(output.dtype))
-                io.bind_output(output.name, "cpu", 0, kind, buffer.shape, buffer.ctypes.data)
-        step = _Step(io=io, tokens=token_buffer, logits=outputs.pop("logits"), extras=outputs)
-        self._steps[new] = step
+                buffer = outputs[binding.name] = np.empty(_shape(binding, dims), numpy_dtype(binding.dtype))
+                io.bind_output(binding.name, "cpu", 0, kind, buffer.shape, buffer.ctypes.data)
+        output = StepOutput(logits=outputs.pop("logits"), extras=outputs)
+        step = self._steps[new] = _Step(io=io, tokens=token_buffer, output=output)
         return step
 
     def _bind_input(self, io: Any, name: str, buffer: Array) -> None:
@@ -131,9 +141,9 @@ class OnnxRuntimeSession(Session):
         """For every cache its host array and the ONNX Runtime value that owns (CUDA) or refers to (CPU) the memory."""
         from onnxruntime import OrtValue
 
-        bindings = self.contract.caches()
+        bindings = self.contract.caches(self.cache_dtype)
         shape = _shape(bindings[0], {"B": self.batch, "C": self.capacity})
-        dtype = numpy_dtype(self.contract.compute_dtype)
+        dtype = numpy_dtype(self.cache_dtype)
         size = math.prod(shape) * dtype.itemsize * len(bindings)
         too_big = ResourceError(
             f"The KV caches for {self.batch} rows of {self.capacity} tokens need {size / 2**30:.1f} GiB, more than "
@@ -178,19 +188,26 @@ def _check_device(device: str) -> None:
         )
 
 
-def _load(bundle: Bundle, *, threads: int | None, device: str) -> tuple[Any, Kernels | None]:
+def _load(bundle: Bundle, *, threads: int | None, device: str, cache_dtype: str) -> tuple[Any, Kernels | None]:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
     options.intra_op_num_threads = threads or 0
+    if device == "cpu":
+        # The arena keeps the largest step's activations for good, rounded up, and plans them once per S. The system's
+        # allocator is as fast and gives back what a prefill took.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     kernels = _register_kernels(options) if device == "cpu" else None
     providers = [_PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
     try:
+        model: str | bytes = str(bundle.model_path)
+        changed = _changed_graph(bundle, kernels, cache_dtype)
+        if changed is not None:
+            model = changed
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.model_path.parent))
         # Constant folding would dequantize the weights into a second, larger copy.
-        session = ort.InferenceSession(
-            str(bundle.model_path), options, providers=providers, disabled_optimizers=["ConstantFolding"]
-        )
+        session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=["ConstantFolding"])
         return session, kernels
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -203,6 +220,24 @@ def _load(bundle: Bundle, *, threads: int | None, device: str) -> tuple[Any, Ker
             f"onnxruntime {ort.__version__} can not load {bundle.model_path} ({reason}): run `glm-export verify`, "
             "or build the bundle again."
         ) from error
+
+
+def _changed_graph(bundle: Bundle, kernels: Kernels | None, cache_dtype: str) -> bytes | None:
+    """The bundle's model.onnx with other caches, and with the kernels' fused ops; None if it is to be as it is."""
+    contract = bundle.manifest.contract
+    other_caches = cache_dtype != contract.compute_dtype
+    if kernels is None and not other_caches:
+        return None
+    # Only here the runtime needs onnx, through these two.
+    from glm_export.plugins.cached_attention.cache_dtype import with_cache_dtype
+    from glm_export.plugins.fusion import fused
+
+    graph = bundle.model_path.read_bytes()
+    if other_caches:
+        outputs = (binding for binding in contract.outputs_of_step() if binding.in_place_of)
+        names = {binding.name for binding in (*contract.caches(), *outputs)}
+        graph = with_cache_dtype(graph, names, cache_dtype)
+    return graph if kernels is None else fused(graph, kernels.ops)
 
 
 def _register_kernels(options: Any) -> Kernels | None:

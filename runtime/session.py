@@ -6,6 +6,7 @@ logits; the session counts how many tokens each row holds.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,9 @@ class Session(ABC):
     max_step_tokens: int | None = None
     """Most new tokens per row that one step takes; None if there is no such bound."""
 
+    engine_seconds: float | None = None
+    """What the engine itself took of the last step; None if the target does not say."""
+
     def __init__(self, bundle: Bundle, *, batch: int | None = None, capacity: int | None = None) -> None:
         """Checks the sizes; None means the bundle's default.
 
@@ -68,6 +72,7 @@ class Session(ABC):
             )
         self.closed = False
         self._length = np.zeros(self.batch, np.int64)
+        self._after = np.zeros(self.batch, np.int64)
         self._all_new = np.zeros(self.batch, np.int64)
 
     @property
@@ -115,10 +120,10 @@ class Session(ABC):
             )
         taken = self._checked_counts(counts, tokens.shape[1])
         self._check_capacity(tokens.shape[1], taken)
-        after = self._length + taken
+        after = np.add(self._length, taken, out=self._after)
         try:
             output = self._execute(tokens, self._length, after)
-            if not np.isfinite(output.logits).all():
+            if not all_finite(output.logits):
                 self._refuse_valid_nonfinite(output.logits, taken)
                 self._clear(after)
         except Exception:
@@ -142,7 +147,10 @@ class Session(ABC):
 
     @abstractmethod
     def _execute(self, tokens: Array, write_index_B: Ints, length_B: Ints) -> StepOutput:
-        """Runs the engine on checked inputs: tokens [B,S] or [B,S,D] in the contract's dtype."""
+        """Runs the engine on checked inputs: tokens [B,S] or [B,S,D] in the contract's dtype.
+
+        `write_index_B` and `length_B` are the same two arrays at every call, so they can be bound once.
+        """
 
     @abstractmethod
     def _clear(self, length_B: Ints) -> None:
@@ -159,7 +167,7 @@ class Session(ABC):
     def _checked_tokens(self, tokens: Array) -> Array:
         embeds = self.contract.inputs_embeds
         wanted = f"[{self.batch},S,{self.contract.hidden_size}]" if embeds else f"[{self.batch},S]"
-        shape = np.shape(tokens)
+        shape = tokens.shape
         ok = len(shape) == (3 if embeds else 2) and shape[0] == self.batch and shape[1] >= 1
         if not ok or (embeds and shape[2] != self.contract.hidden_size):
             raise UsageError(f"The new tokens have shape {list(shape)}, expected {wanted} with S of at least 1.")
@@ -173,7 +181,7 @@ class Session(ABC):
             return tokens
         if tokens.dtype != np.int64:
             raise UsageError(f"The new tokens are {tokens.dtype}, expected int64: convert them.")
-        if tokens.min() < 0 or tokens.max() >= self.contract.vocab_size:
+        if _min(tokens) < 0 or _max(tokens) >= self.contract.vocab_size:
             row, position = np.argwhere((tokens < 0) | (tokens >= self.contract.vocab_size))[0].tolist()
             raise InputError(
                 f"The token id {tokens[row, position]} (row {row}, new token {position}) is not in the vocabulary: "
@@ -185,29 +193,46 @@ class Session(ABC):
         if counts is None:
             self._all_new.fill(new)
             return self._all_new
-        if np.shape(counts) != (self.batch,) or counts.dtype.kind not in "iu":
+        if counts.shape != (self.batch,) or counts.dtype.kind not in "iu":
             raise UsageError(f"counts must be [{self.batch}] integers, one per row.")
-        if counts.min() < 0 or counts.max() > new:
+        if _min(counts) < 0 or _max(counts) > new:
             raise UsageError(f"counts are {counts.tolist()}: each must be 0..{new}, the number of new tokens.")
         return counts.astype(np.int64, copy=False)
 
     def _check_capacity(self, new: int, taken: Ints) -> None:
         # Padding is written too, and targets drop a write beyond the capacity without a word.
         row = int(self._length.argmax())
-        if self._length[row] + new > self.capacity:
+        held = self._length.item(row)
+        if held + new > self.capacity:
             raise ResourceError(
-                f"Row {row} holds {self._length[row]} tokens and {new} more ({taken[row]} its own, the rest padding) "
+                f"Row {row} holds {held} tokens and {new} more ({taken[row]} its own, the rest padding) "
                 f"do not fit the capacity {self.capacity}: open the session with a larger capacity, or reset the row."
             )
 
     def _refuse_valid_nonfinite(self, logits: Floats, taken: Ints) -> None:
         for row in range(self.batch):
             own = logits[row, : taken[row]] if logits.ndim == 3 else logits[row]
-            if taken[row] and not np.isfinite(own).all():
+            if taken[row] and not all_finite(own):
                 raise AccuracyError(
                     f"The engine computed logits that are not finite (row {row}, after {self._length[row]} tokens): "
                     "run `glm-export verify` and `glm-export validate` on the bundle."
                 )
+
+
+# After an engine has streamed gigabytes of weights, nothing of Python or NumPy is left in the CPU's caches, and a step
+# pays for every piece of code that it touches for the first time. argmin and argmax touch the least, allocate nothing,
+# and go over the numbers once.
+def _min(x: Array) -> Any:
+    return x.item(x.argmin())
+
+
+def _max(x: Array) -> Any:
+    return x.item(x.argmax())
+
+
+def all_finite(x: Array) -> bool:
+    """Whether there is neither NaN nor infinity in `x`: to NumPy a NaN is both the smallest and the largest number."""
+    return math.isfinite(_max(x)) and math.isfinite(_min(x))
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

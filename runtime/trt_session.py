@@ -56,6 +56,7 @@ class TensorRtSession(Session):
         capacity: int | None = None,
         threads: int | None = None,
         device: str | None = None,
+        cache_dtype: str | None = None,
     ) -> None:
         """Checks and loads the engine and zero-fills the caches; arguments and errors as `open_session` says."""
         if device not in (None, "cuda"):
@@ -63,6 +64,11 @@ class TensorRtSession(Session):
         if threads is not None:
             raise UsageError(f"threads is {threads}, but {self.target} runs on the GPU: leave it out.")
         info = EngineInfo.read(bundle, self.target)
+        if cache_dtype not in (None, info.cache_dtype):
+            raise UsageError(
+                f"cache_dtype is {cache_dtype}, but the {self.target} engine was built for KV caches in "
+                f"{info.cache_dtype}: leave it out."
+            )
         _check_sizes(info, batch, capacity)
         default = min(bundle.manifest.batch, info.batch)
         super().__init__(bundle, batch=default if batch is None else batch, capacity=info.capacity)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glm_export.exporter.recipe import TARGETS
+from glm_export.runtime.contract import CACHE_DTYPES
 from glm_export.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ DEFAULT_TARGET = "onnxruntime"
 bundle_argument = click.argument("bundle_path", metavar="BUNDLE", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+cache_dtype_option = click.option(
+    "--cache-dtype", type=click.Choice(CACHE_DTYPES), help="Of the KV cache; without, the bundle's compute dtype."
+)
 threads_option = click.option("--threads", type=COUNT, metavar="N", help="CPU threads.")
 trust_size_option = click.option(
     "--trust-size", is_flag=True, help="Check the weights by size only: faster, and a damaged file goes unnoticed."

@@ -15,6 +15,7 @@ from glm_export.exporter.commands.options import (
     PATH,
     CommaSeparated,
     bundle_argument,
+    cache_dtype_option,
     json_option,
     open_bundle,
     print_json,
@@ -44,6 +45,7 @@ _DEFAULT_NEW_TOKENS = 128
 @target_option
 @click.option("--capacity", type=COUNT, metavar="C", help="Tokens per row of the KV cache; without, the bundle's.")
 @click.option("--batch", type=COUNT, metavar="B", help="Prompts at a time; without, at most the bundle's.")
+@cache_dtype_option
 @threads_option
 @click.option("--ignore-eos", is_flag=True, help="Go on after a stop token.")
 @click.option(
@@ -65,6 +67,7 @@ def run(
     target: str,
     capacity: int | None,
     batch: int | None,
+    cache_dtype: str | None,
     threads: int | None,
     ignore_eos: bool,
     save_logits: Path | None,
@@ -100,7 +103,9 @@ def run(
 
     with reporter.stage("opening the bundle"):
         rows = batch or min(default_batch(bundle, target), len(prompts))
-        session = open_session(bundle, target=target, batch=rows, capacity=capacity, threads=threads)
+        session = open_session(
+            bundle, target=target, batch=rows, capacity=capacity, threads=threads, cache_dtype=cache_dtype
+        )
     with session:
         room = session.capacity - max(map(len, prompts))
         started = time.monotonic()

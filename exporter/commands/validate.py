@@ -12,6 +12,7 @@ from glm_export.exporter.commands.options import (
     COUNT,
     PATH,
     bundle_argument,
+    cache_dtype_option,
     json_option,
     open_bundle,
     print_json,
@@ -45,6 +46,7 @@ AGAINST = (*TARGETS, "portable")
     "--against", type=click.Choice(AGAINST), help="Compare with this engine; portable is onnxruntime without kernels."
 )
 @click.option("--save-outputs", type=PATH, metavar="FILE.json", help="With --against: both logits, for polygraphy.")
+@cache_dtype_option
 @threads_option
 @trust_size_option
 @quiet_option
@@ -60,6 +62,7 @@ def validate(
     target: str,
     against: str | None,
     save_outputs: Path | None,
+    cache_dtype: str | None,
     threads: int | None,
     trust_size: bool,
     quiet: bool,
@@ -74,6 +77,10 @@ def validate(
     if against:
         if checkpoint:
             raise UsageError("--checkpoint is for the drift, which --against does not look at: leave one of them out.")
+        if cache_dtype:
+            raise UsageError(
+                "--cache-dtype is not for --against, where each engine has its own: leave one of them out."
+            )
         _against(
             bundle_path,
             as_json=as_json,
@@ -106,6 +113,7 @@ def validate(
         steps=steps,
         seed=seed,
         threads=threads,
+        cache_dtype=cache_dtype,
         reporter=reporter,
     )
     _show(report, as_json=as_json)

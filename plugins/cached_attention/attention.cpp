@@ -14,7 +14,6 @@
 namespace glm {
 namespace {
 
-constexpr size_t kBlock = 64;   // positions: keys and values of a block stay in the first two caches
 constexpr size_t kRows = 192;   // of a token block
 constexpr size_t kChunk = 512;  // positions per new token: a partial result is a few percent of what a chunk reads
 constexpr size_t kAlign = 64;
@@ -39,6 +38,15 @@ class Arena {
   size_t used_ = 0;
 };
 
+const AttentionLoops& loops(Isa isa, Type cache) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) return attention_avx512(cache);
+  if (isa == Isa::avx2) return attention_avx2(cache);
+#endif
+  (void)isa;
+  return attention_scalar(cache);
+}
+
 class Attention {
  public:
   Attention(const CachedAttention& args, Isa isa)
@@ -47,12 +55,15 @@ class Attention {
         tokens_(std::max<size_t>(1, kRows / G_)),
         blocks_((args.S + tokens_ - 1) / tokens_),
         element_(size_of(args.type)),
-        row_(args.A * element_),
+        cached_(args.A * size_of(args.cache_type)),
         block_rows_(std::min(tokens_, args.S) * G_),
-        loops_(loops(isa)),
-        lane_rows_((block_rows_ + loops_.lanes - 1) / loops_.lanes * loops_.lanes) {
+        loops_(loops(isa, args.cache_type)) {
+    const size_t tiles = (block_rows_ + loops_.rows - 1) / loops_.rows;
+    tile_ = (block_rows_ + tiles - 1) / tiles;
+    words_ = (args.A + loops_.per_word - 1) / loops_.per_word;
+    query_ = words_ * loops_.per_word;
     // A pass over all positions for the probabilities needs the final sums.
-    bool split = blocks_ == 1 && !args.attentions;
+    const bool split = blocks_ == 1 && !args.attentions;
     chunk_ = split ? kChunk * args.S : std::max<size_t>(1, args.C);
     for (size_t b = 0; b < args.B; b++) chunks_ = std::max(chunks_, chunks(b));
     factor_ = static_cast<float>(std::fabs(args.scale) * kLog2E);
@@ -66,7 +77,7 @@ class Attention {
   void run(const Parallel& parallel, void* memory) const {
     const size_t heads = a_.B * a_.J;
     if (a_.k_cache_out != a_.k_cache || a_.v_cache_out != a_.v_cache) {
-      const size_t bytes = a_.C * row_;
+      const size_t bytes = a_.C * cached_;
       parallel(heads, [&](size_t i) {
         copy(a_.k_cache, a_.k_cache_out, i * bytes, bytes);
         copy(a_.v_cache, a_.v_cache_out, i * bytes, bytes);
@@ -77,7 +88,10 @@ class Attention {
       for (size_t i = 0; i < heads; i++) new (shared.finished + i) std::atomic<uint32_t>(0);
       parallel(heads * chunks_, [&](size_t i) { attend_chunk(i / chunks_, i % chunks_, shared); });
     } else {
-      parallel(heads, [&](size_t i) { write(i / a_.J, i % a_.J, 0, a_.S); });
+      parallel(heads, [&](size_t i) {
+        Scratch scratch(*this);
+        write(i / a_.J, i % a_.J, 0, a_.S, scratch);
+      });
       // Early token blocks are cheap: one from the start, one from the end, so that every run of tasks is even.
       parallel(heads * blocks_, [&](size_t i) {
         size_t n = i % blocks_;
@@ -91,16 +105,16 @@ class Attention {
   struct Shared {
     Shared(const Attention& self, void* memory) {
       Arena arena(memory);
-      const size_t partials = self.chunks_ > 1 ? self.a_.B * self.a_.J * self.chunks_ : 0;
+      const size_t partials = self.chunks_ > 1 ? self.a_.B * self.a_.J * self.chunks_ * self.block_rows_ : 0;
       finished = arena.take<std::atomic<uint32_t>>(self.a_.B * self.a_.J);
-      max = arena.take<float>(partials * self.lane_rows_);
-      sum = arena.take<float>(partials * self.lane_rows_);
-      out = arena.take<float>(partials * self.block_rows_ * self.a_.A);
+      max = arena.take<float>(partials);
+      sum = arena.take<float>(partials * self.loops_.lanes);
+      out = arena.take<float>(partials * self.a_.A);
       bytes = arena.used();
     }
     std::atomic<uint32_t>* finished;  // [B, J] chunks
-    float* max;                       // [B, J, chunks, lane rows]
-    float* sum;                       // [B, J, chunks, lane rows]
+    float* max;                       // [B, J, chunks, block rows]
+    float* sum;                       // [B, J, chunks, block rows, lanes]
     float* out;                       // [B, J, chunks, block rows, A]
     size_t bytes;
   };
@@ -116,38 +130,34 @@ class Attention {
       take(self, arena);
     }
     void take(const Attention& self, Arena& arena) {
-      const size_t A = self.a_.A, lanes = self.loops_.lanes;
-      q = arena.take<char>(self.block_rows_ * self.row_);
-      packed = arena.take<float>(self.lane_rows_ * A);
-      scores = arena.take<float>(kBlock * lanes);
-      keys = arena.take<float>(self.loops_.wide_keys ? kBlock * A : 0);
-      values = arena.take<float>(self.loops_.wide_values ? kBlock * A : 0);
-      decay = arena.take<float>(lanes);
-      seen = arena.take<int32_t>(lanes);
-      max = arena.take<float>(self.lane_rows_);
-      sum = arena.take<float>(self.lane_rows_);
-      out = arena.take<float>(self.block_rows_ * A);
+      const size_t A = self.a_.A, rows = self.block_rows_;
+      head = arena.take<float>(self.query_);
+      rounded = arena.take<float>(A);
+      q = arena.take<float>(rows * self.query_);
+      keys = arena.take<float>(kBlock * self.words_);
+      scores = arena.take<float>(self.tile_ * kBlock);
+      seen = arena.take<int32_t>(self.tile_);
+      decay = arena.take<float>(self.tile_);
+      max = arena.take<float>(rows);
+      sum = arena.take<float>(rows * self.loops_.lanes);
+      out = arena.take<float>(rows * A);
     }
-    char* q;        // [block rows, A], rotated
-    float* packed;  // [tiles, A, lanes]
-    float* scores;  // [kBlock, lanes]
-    float* keys;    // [kBlock, A]
-    float* values;  // [kBlock, A]
-    float* decay;   // [lanes]
-    int32_t* seen;  // [lanes]
-    float* max;     // [lane rows]
-    float* sum;     // [lane rows]
-    float* out;     // [block rows, A]
+    float* head;     // [per word, words]
+    float* rounded;  // [A] of any element type
+    float* q;        // [tiles, per word, words, tile], rotated
+    float* keys;     // [strips, words, 2 * lanes]
+    float* scores;   // [tile, kBlock]
+    int32_t* seen;   // [tile]
+    float* decay;    // [tile]
+    float* max;      // [block rows]
+    float* sum;      // [block rows, lanes]
+    float* out;      // [block rows, A]
   };
 
   // The rows of tokens first .. first + count - 1 of (b, j).
   struct Rows {
     size_t b, j, first, count;
   };
-
-  const AttentionLoops& loops(Isa isa) const {
-    return isa == Isa::avx2 ? attention_avx2(a_.type, block_rows_) : attention_scalar(a_.type);
-  }
 
   static void copy(const void* from, void* to, size_t offset, size_t bytes) {
     if (from != to) std::memcpy(static_cast<char*>(to) + offset, static_cast<const char*>(from) + offset, bytes);
@@ -164,49 +174,62 @@ class Attention {
     return std::max<size_t>(1, (end + chunk_ - 1) / chunk_);
   }
   char* cache(void* cache, size_t b, size_t j, size_t position) const {
-    return static_cast<char*>(cache) + ((b * a_.J + j) * a_.C + position) * row_;
+    return static_cast<char*>(cache) + ((b * a_.J + j) * a_.C + position) * cached_;
   }
   // Row b's token s, head j * G.
   char* out(size_t b, size_t j, size_t s) const {
-    return static_cast<char*>(a_.out) + ((b * a_.S + s) * a_.H + j * G_) * row_;
+    return static_cast<char*>(a_.out) + ((b * a_.S + s) * a_.H + j * G_) * a_.A * element_;
+  }
+
+  // Head n of q or k of a token, rotated, in scratch.head.
+  void rotated(const void* x, size_t heads, size_t n, size_t token, Scratch& scratch) const {
+    loops_.widen(a_.type, static_cast<const char*>(x) + (token * heads + n) * a_.A * element_, a_.A, scratch.head);
+    loops_.rotate(a_.cos + token * a_.R, a_.sin + token * a_.R, a_.R, scratch.head);
   }
 
   // Writes tokens first .. last - 1 into the caches of (b, j), padding too.
-  void write(size_t b, size_t j, size_t first, size_t last) const {
+  void write(size_t b, size_t j, size_t first, size_t last, Scratch& scratch) const {
     for (size_t s = first; s < last; s++) {
-      const size_t token = b * a_.S + s, from = (token * a_.J + j) * row_;
-      loops_.rotate(static_cast<const char*>(a_.k) + from, a_.cos + token * a_.R, a_.sin + token * a_.R, a_.R, a_.A,
-                    cache(a_.k_cache_out, b, j, start(b) + s));
-      std::memcpy(cache(a_.v_cache_out, b, j, start(b) + s), static_cast<const char*>(a_.v) + from, row_);
+      const size_t token = b * a_.S + s;
+      rotated(a_.k, a_.J, j, token, scratch);
+      loops_.narrow(a_.cache_type, scratch.head, a_.A, cache(a_.k_cache_out, b, j, start(b) + s));
+      const char* v = static_cast<const char*>(a_.v) + (token * a_.J + j) * a_.A * element_;
+      char* to = cache(a_.v_cache_out, b, j, start(b) + s);
+      if (a_.type == a_.cache_type) {
+        std::memcpy(to, v, cached_);
+      } else {
+        loops_.widen(a_.type, v, a_.A, scratch.head);
+        loops_.narrow(a_.cache_type, scratch.head, a_.A, to);
+      }
     }
   }
 
   void attend_chunk(size_t head, size_t chunk, const Shared& shared) const {
     const size_t b = head / a_.J, j = head % a_.J, of = chunks(b);
     if (chunk >= of) return;
+    Scratch scratch(*this);
     // Every chunk writes the new tokens that it is going to read; the last one the padding, too.
     const size_t first = chunk * chunk_, last = chunk + 1 == of ? start(b) + a_.S : first + chunk_;
-    write(b, j, std::max(first, start(b)) - start(b), std::max(last, start(b)) - start(b));
+    write(b, j, std::max(first, start(b)) - start(b), std::max(last, start(b)) - start(b), scratch);
     if (chunk == 0) clear_padding(b, j, 0, a_.S);
     const Rows rows{b, j, 0, valid(b)};
     if (rows.count == 0) return;
 
-    Scratch scratch(*this);
     if (of == 1) {
       attend(rows, 0, last, scratch);
-      finish(rows, scratch.sum, scratch.out);
+      finish(rows, scratch.sum, scratch.out, scratch);
       if (a_.attentions) probabilities(rows, scratch);
       return;
     }
-    const size_t partial = head * chunks_;
-    scratch.max = shared.max + (partial + chunk) * lane_rows_;
-    scratch.sum = shared.sum + (partial + chunk) * lane_rows_;
-    scratch.out = shared.out + (partial + chunk) * block_rows_ * a_.A;
+    const size_t whole = head * chunks_ * block_rows_, part = whole + chunk * block_rows_;
+    scratch.max = shared.max + part;
+    scratch.sum = shared.sum + part * loops_.lanes;
+    scratch.out = shared.out + part * a_.A;
     attend(rows, first, last, scratch);
     if (shared.finished[head].fetch_add(1, std::memory_order_acq_rel) + 1 < of) return;
-    merge(rows.count * G_, of, shared.max + partial * lane_rows_, shared.sum + partial * lane_rows_,
-          shared.out + partial * block_rows_ * a_.A);
-    finish(rows, shared.sum + partial * lane_rows_, shared.out + partial * block_rows_ * a_.A);
+    float* sum = shared.sum + whole * loops_.lanes;
+    merge(rows.count * G_, of, shared.max + whole, sum, shared.out + whole * a_.A);
+    finish(rows, sum, shared.out + whole * a_.A, scratch);
   }
 
   void attend_block(size_t head, size_t block) const {
@@ -216,14 +239,14 @@ class Attention {
     const Rows rows{b, j, first, std::min(valid(b), last) - first};
     Scratch scratch(*this);
     attend(rows, 0, start(b) + last, scratch);
-    finish(rows, scratch.sum, scratch.out);
+    finish(rows, scratch.sum, scratch.out, scratch);
     if (a_.attentions) probabilities(rows, scratch);
   }
 
   // Tokens first .. last - 1 as far as they are padding.
   void clear_padding(size_t b, size_t j, size_t first, size_t last) const {
     for (size_t s = std::max(first, valid(b)); s < last; s++) {
-      std::memset(out(b, j, s), 0, G_ * row_);
+      std::memset(out(b, j, s), 0, G_ * a_.A * element_);
       for (size_t g = 0; a_.attentions && g < G_; g++) {
         std::fill_n(a_.attentions + ((b * a_.H + j * G_ + g) * a_.S + s) * a_.C, a_.C, 0.0f);
       }
@@ -232,104 +255,118 @@ class Attention {
 
   // Attention of the rows to positions from .. to - 1, causal: sums in scratch.max, sum, out.
   void attend(const Rows& rows, size_t from, size_t to, Scratch& scratch) const {
-    const size_t lanes = loops_.lanes, count = rows.count * G_;
+    const size_t lanes = loops_.lanes, count = rows.count * G_, tiles = (count + tile_ - 1) / tile_;
     const size_t origin = start(rows.b) + rows.first;  // position of the first token
     to = std::min(to, origin + rows.count);
-    prepare(rows, scratch);
-    std::fill_n(scratch.max, lane_rows_, -FLT_MAX);
-    std::fill_n(scratch.sum, lane_rows_, 0.0f);
+    pack(rows, scratch);
+    std::fill_n(scratch.max, count, -FLT_MAX);
+    std::fill_n(scratch.sum, count * lanes, 0.0f);
     std::fill_n(scratch.out, count * a_.A, 0.0f);
     for (size_t p = from; p < to; p += kBlock) {
       const size_t n = std::min(kBlock, to - p);
       const char* keys = cache(a_.k_cache_out, rows.b, rows.j, p);
       const char* values = cache(a_.v_cache_out, rows.b, rows.j, p);
-      const char* next = p + n < to ? keys + n * row_ : keys;
-      const void* k = loops_.wide_keys ? widened(keys, n, scratch.keys) : keys;
-      const void* v = loops_.wide_values ? widened(values, n, scratch.values) : values;
-      for (size_t row = 0; row < count; row += lanes) {
-        const size_t height = std::min(lanes, count - row);
+      loops_.transpose(keys, n, a_.A, scratch.keys);
+      // The next block arrives while this one is used, every tile fetching its part of it.
+      const bool more = p + 2 * kBlock <= a_.C;
+      const size_t step = more ? 2 * lanes * cached_ / (a_.A * tiles) : 0;
+      const size_t part = more ? kBlock * cached_ / tiles : 0;
+      const char* next_keys = more ? keys + kBlock * cached_ : keys;
+      const char* next_values = more ? values + kBlock * cached_ : values;
+      for (size_t row = 0; row < count; row += tile_) {
+        const size_t height = std::min(tile_, count - row);
         const size_t first = origin + row / G_, last = origin + (row + height - 1) / G_;
         if (last < p) continue;
         const size_t visible = std::min(n, last + 1 - p);
         const bool masked = first + 1 < p + visible;
-        for (size_t i = 0; masked && i < lanes; i++) {
-          const size_t end = origin + (row + std::min(i, height - 1)) / G_ + 1;
+        for (size_t i = 0; masked && i < height; i++) {
+          const size_t end = origin + (row + i) / G_ + 1;
           scratch.seen[i] = static_cast<int32_t>(end > p ? std::min(end - p, visible) : 0);
         }
-        // The values of this block arrive while its scores are computed, the next keys while its values are used.
-        loops_.scores(scratch.packed + row * a_.A, k, visible, a_.A, values, scratch.scores);
-        loops_.softmax(scratch.scores, visible, masked ? scratch.seen : nullptr, factor_, scratch.max + row,
-                       scratch.sum + row, scratch.decay);
-        loops_.accumulate(scratch.scores, scratch.decay, v, height, visible, a_.A, next, scratch.out + row * a_.A);
+        float* sums = scratch.out + row * a_.A;
+        loops_.scores(scratch.q + row * query_, scratch.keys, height, visible, words_, next_keys, step, scratch.scores);
+        loops_.softmax(scratch.scores, masked ? scratch.seen : nullptr, height, visible, factor_, scratch.max + row,
+                       scratch.sum + row * lanes, scratch.decay);
+        loops_.accumulate(scratch.scores, scratch.decay, values, height, visible, a_.A, next_values, step, sums);
+        next_keys += part;
+        next_values += part;
       }
     }
   }
 
-  const void* widened(const void* rows, size_t n, float* to) const {
-    loops_.widen(rows, n * a_.A, to);
-    return to;
-  }
-
-  // Rotated queries, packed.
-  void prepare(const Rows& rows, Scratch& scratch) const {
+  // Queries, rotated and rounded, element by element for a tile of rows.
+  void pack(const Rows& rows, Scratch& scratch) const {
     const size_t count = rows.count * G_;
     for (size_t row = 0; row < count; row++) {
-      const size_t token = rows.b * a_.S + rows.first + row / G_;
-      const char* q = static_cast<const char*>(a_.q) + (token * a_.H + rows.j * G_ + row % G_) * row_;
-      loops_.rotate(q, a_.cos + token * a_.R, a_.sin + token * a_.R, a_.R, a_.A, scratch.q + row * row_);
-    }
-    if (a_.scale < 0) {
+      rotated(a_.q, a_.H, rows.j * G_ + row % G_, rows.b * a_.S + rows.first + row / G_, scratch);
+      loops_.narrow(a_.type, scratch.head, a_.A, scratch.rounded);
+      loops_.widen(a_.type, scratch.rounded, a_.A, scratch.head);
+      const size_t tile = row / tile_ * tile_, height = std::min(tile_, count - tile);
+      float* to = scratch.q + tile * query_ + row % tile_;
       // Softmax looks for the largest score: the sign moves into the queries.
-      for (size_t byte = element_ - 1; byte < count * row_; byte += element_) scratch.q[byte] ^= '\x80';
-    }
-    for (size_t row = 0; row < count; row += loops_.lanes) {
-      loops_.pack(scratch.q + row * row_, std::min(loops_.lanes, count - row), a_.A, scratch.packed + row * a_.A);
+      const float sign = a_.scale < 0 ? -1.0f : 1.0f;
+      for (size_t i = a_.A; i < query_; i++) scratch.head[i] = 0;
+      for (size_t part = 0; part < loops_.per_word; part++) {
+        for (size_t i = part; i < query_; i += loops_.per_word, to += height) *to = sign * scratch.head[i];
+      }
     }
   }
 
   // The sums of all chunks, into those of the first.
   void merge(size_t count, size_t of,
-             float* max,          // [chunks, lane rows]
-             float* sum,          // [chunks, lane rows]
+             float* max,          // [chunks, block rows]
+             float* sum,          // [chunks, block rows, lanes]
              float* out) const {  // [chunks, block rows, A]
+    const auto add = [](float* total, const float* part, size_t n, float weight, bool first) {
+      for (size_t i = 0; i < n; i++) total[i] = first ? weight * part[i] : total[i] + weight * part[i];
+    };
+    const size_t lanes = loops_.lanes;
     for (size_t row = 0; row < count; row++) {
       float top = max[row];
-      for (size_t c = 1; c < of; c++) top = std::max(top, max[c * lane_rows_ + row]);
-      float* total = out + row * a_.A;
+      for (size_t c = 1; c < of; c++) top = std::max(top, max[c * block_rows_ + row]);
       for (size_t c = 0; c < of; c++) {
-        const float weight = std::exp2((max[c * lane_rows_ + row] - top) * factor_);
-        const float* part = out + (c * block_rows_ + row) * a_.A;
-        for (size_t i = 0; i < a_.A; i++) total[i] = c ? total[i] + weight * part[i] : weight * part[i];
-        sum[row] = c ? sum[row] + weight * sum[c * lane_rows_ + row] : weight * sum[row];
+        const size_t part = c * block_rows_ + row;
+        const float weight = std::exp2((max[part] - top) * factor_);
+        add(out + row * a_.A, out + part * a_.A, a_.A, weight, c == 0);
+        add(sum + row * lanes, sum + part * lanes, lanes, weight, c == 0);
       }
     }
   }
 
   // out from sums, rounded.
-  void finish(const Rows& rows, const float* sum, const float* sums) const {
+  void finish(const Rows& rows, const float* sum, const float* sums, Scratch& scratch) const {
     for (size_t row = 0; row < rows.count * G_; row++) {
-      char* to = out(rows.b, rows.j, rows.first + row / G_) + row % G_ * row_;
-      loops_.narrow(sums + row * a_.A, 1.0f / sum[row], a_.A, to);
+      loops_.finish(sums + row * a_.A, sum + row * loops_.lanes, a_.A, scratch.head);
+      char* to = out(rows.b, rows.j, rows.first + row / G_) + row % G_ * a_.A * element_;
+      loops_.narrow(a_.type, scratch.head, a_.A, to);
     }
   }
 
   // The optional output: all scores once more, with the final maximum and sum.
   void probabilities(const Rows& rows, Scratch& scratch) const {
-    const size_t lanes = loops_.lanes, origin = start(rows.b) + rows.first;
-    for (size_t row = 0; row < rows.count * G_; row++) {
-      const size_t token = rows.first + row / G_, head = rows.j * G_ + row % G_, end = origin + row / G_ + 1;
-      float* to = a_.attentions + ((rows.b * a_.H + head) * a_.S + token) * a_.C;
-      for (size_t p = 0; p < end; p += kBlock) {
-        const size_t n = std::min(kBlock, end - p);
-        const char* keys = cache(a_.k_cache_out, rows.b, rows.j, p);
-        const void* k = loops_.wide_keys ? widened(keys, n, scratch.keys) : keys;
-        loops_.scores(scratch.packed + row / lanes * lanes * a_.A, k, n, a_.A, keys, scratch.scores);
-        for (size_t i = 0; i < n; i++) {
-          const float score = scratch.scores[i * lanes + row % lanes];
-          to[p + i] = std::exp2((score - scratch.max[row]) * factor_) / scratch.sum[row];
+    const size_t lanes = loops_.lanes, count = rows.count * G_, origin = start(rows.b) + rows.first;
+    const auto to = [&](size_t row) {
+      const size_t head = rows.j * G_ + row % G_, token = rows.first + row / G_;
+      return a_.attentions + ((rows.b * a_.H + head) * a_.S + token) * a_.C;
+    };
+    for (size_t p = 0; p < origin + rows.count; p += kBlock) {
+      const size_t n = std::min(kBlock, origin + rows.count - p);
+      loops_.transpose(cache(a_.k_cache_out, rows.b, rows.j, p), n, a_.A, scratch.keys);
+      for (size_t tile = 0; tile < count; tile += tile_) {
+        const size_t height = std::min(tile_, count - tile);
+        loops_.scores(scratch.q + tile * query_, scratch.keys, height, n, words_, nullptr, 0, scratch.scores);
+        for (size_t row = tile; row < tile + height; row++) {
+          const float* scores = scratch.scores + (row - tile) * kBlock;
+          float sum = 0;
+          for (size_t i = 0; i < lanes; i++) sum += scratch.sum[row * lanes + i];
+          for (size_t i = 0; i < n && p + i <= origin + row / G_; i++) {
+            to(row)[p + i] = std::exp2((scores[i] - scratch.max[row]) * factor_) / sum;
+          }
         }
       }
-      std::fill(to + end, to + a_.C, 0.0f);
+    }
+    for (size_t row = 0; row < count; row++) {
+      std::fill(to(row) + origin + row / G_ + 1, to(row) + a_.C, 0.0f);
     }
   }
 
@@ -338,13 +375,15 @@ class Attention {
   const size_t tokens_;      // of a token block
   const size_t blocks_;      // of tokens
   const size_t element_;     // bytes
-  const size_t row_;         // bytes of a head
+  const size_t cached_;      // bytes of a head in a cache
   const size_t block_rows_;  // rows of a token block
   const AttentionLoops& loops_;
-  const size_t lane_rows_;  // the same, up to whole tiles
-  size_t chunk_;            // positions
-  size_t chunks_ = 1;       // of the longest row
-  float factor_;            // of the scores, as powers of 2
+  size_t tile_;        // rows
+  size_t words_;       // of a key
+  size_t query_;       // elements of a query, up to whole words
+  size_t chunk_;       // positions
+  size_t chunks_ = 1;  // of the longest row
+  float factor_;       // of the scores, as powers of 2
 };
 
 }  // namespace

@@ -1,8 +1,9 @@
 // CachedAttention on a CPU: the call, and the table of inner loops that each instruction set fills in.
 //
-// Further letters: G = H / J query heads that share a key/value head; a row is one query head of one token. The rows of
-// a token block are cut into tiles of `lanes` rows, and the lanes of a vector are the rows of a tile: scores of one
-// position are one vector, so softmax needs no horizontal step, and a key is read once, as it lies, for all its heads.
+// Further letters: G = H / J query heads that share a key/value head; a row is one query head of one token. Positions
+// are cut into blocks and rows into tiles. Scores are a matrix product of a tile with a block's transposed keys, whose
+// vectors are consecutive positions; sums of values have vectors of consecutive columns. Either way an element of the
+// tile is broadcast, so no lane is idle whatever G is, and keys and values are read once for all query heads.
 #pragma once
 
 #include "plugins/cpu/kernel.h"
@@ -11,8 +12,9 @@ namespace glm {
 
 struct CachedAttention {
   size_t B, S, H, J, C, A, R;
-  Type type;    // of q, k, v, the caches and out
-  float scale;  // of the scores
+  Type type;        // of q, k, v and out
+  Type cache_type;  // of the caches
+  float scale;      // of the scores
 
   const void* q;               // [B, S, H, A]
   const void* k;               // [B, S, J, A]
@@ -33,49 +35,57 @@ struct CachedAttention {
   void run(Isa isa, const Parallel& parallel, void* scratch) const;
 };
 
-// The inner loops for one element type T. Keys and values arrive in blocks of consecutive positions.
+constexpr size_t kBlock = 128;  // positions: keys and values of a block stay in the first two caches
+
+// The inner loops for caches of one element type T. Positions are those of one block, rows those of one tile.
 struct AttentionLoops {
   size_t lanes;
-  // Whether scores() takes float keys, and accumulate() float values, made by widen(), instead of T.
-  bool wide_keys;
-  bool wide_values;
+  size_t rows;      // of a tile, at most
+  size_t per_word;  // elements of a key that share a lane of transposed keys
 
-  // y = RoPE of x, rounded to T.
-  void (*rotate)(const void* x,     // [A]
-                 const float* cos,  // [R]
+  void (*widen)(Type type, const void* x, size_t n, float* y);
+  // RoPE in place.
+  void (*rotate)(const float* cos,  // [R]
                  const float* sin,  // [R]
-                 size_t R, size_t A,
-                 void* y);  // [A]
-  void (*widen)(const void* x, size_t n, float* y);
-  // y = x * factor, rounded to T.
-  void (*narrow)(const float* x, float factor, size_t n, void* y);
-  // Queries as scores() wants them: rows become lanes, missing rows are zero.
-  void (*pack)(const void* q,  // [rows, A]
-               size_t rows, size_t A,
-               void* packed);  // [A, lanes] of float
-  // Products of every key with every query. `ahead` is what the caller reads next: it is prefetched on the way.
-  void (*scores)(const void* packed,  // [A, lanes]
-                 const void* keys,    // [positions, A]
-                 size_t positions, size_t A, const char* ahead,
-                 float* scores);  // [positions, lanes]
-  // Online softmax: scores become exp2(factor * (score - max)) with the running maximum, which is updated, and `sum`
-  // too; `decay` is what everything summed under the old maximum is to be multiplied by. Lane i sees the first seen[i]
-  // positions; null: all see all.
-  void (*softmax)(float* scores,  // [positions, lanes]
-                  size_t positions, const int32_t* seen, float factor,
-                  float* max,     // [lanes]
-                  float* sum,     // [lanes]
-                  float* decay);  // [lanes]
-  // out = out * decay + probabilities^T values
-  void (*accumulate)(const float* probabilities,  // [positions, lanes]
-                     const float* decay,          // [lanes]
-                     const void* values,          // [positions, A]
-                     size_t rows, size_t positions, size_t A, const char* ahead,
-                     float* out);  // [rows, A]
+                 size_t R,
+                 float* x);  // [2 R]
+  void (*narrow)(Type type, const float* x, size_t n, void* y);
+
+  // Keys as scores() wants them: strips of 2 * lanes positions, the last one filled up with any numbers.
+  void (*transpose)(const void* keys,  // [positions, A] of T
+                    size_t positions, size_t A,
+                    float* transposed);  // [strips, words, 2 * lanes]
+  // Products of every key with every query. `ahead` is what the caller reads later: it is prefetched on the way, `step`
+  // bytes further with each of positions * A / (2 * lanes) steps.
+  void (*scores)(const float* q,           // [per_word, words, rows]
+                 const float* transposed,  // [strips, words, 2 * lanes]
+                 size_t rows, size_t positions, size_t words, const char* ahead, size_t step,
+                 float* scores);  // [rows, kBlock]
+  // Online softmax: scores become exp2(factor * (score - max)) with the running maximum, which is updated, and the
+  // parts of `sum` too; `decay` is what everything summed under the old maximum is to be multiplied by. A row sees its
+  // first seen[row] positions; null: all see all.
+  void (*softmax)(float* scores,        // [rows, kBlock]
+                  const int32_t* seen,  // [rows]
+                  size_t rows, size_t positions, float factor,
+                  float* max,     // [rows]
+                  float* sum,     // [rows, lanes]
+                  float* decay);  // [rows]
+  // sums = sums * decay + probabilities values; the loops have an order of their own for the columns.
+  void (*accumulate)(const float* probabilities,  // [rows, kBlock]
+                     const float* decay,          // [rows]
+                     const void* values,          // [positions, A] of T
+                     size_t rows, size_t positions, size_t A, const char* ahead, size_t step,
+                     float* sums);  // [rows, A]
+  // A row of sums over its sum of probabilities, the columns in order.
+  void (*finish)(const float* sums,  // [A]
+                 const float* sum,   // [lanes]
+                 size_t A,
+                 float* out);  // [A]
 };
 
-// The loops for an element type where a task has at most `rows` rows.
-const AttentionLoops& attention_scalar(Type type);
-const AttentionLoops& attention_avx2(Type type, size_t rows);
+// The loops for an element type of the caches.
+const AttentionLoops& attention_scalar(Type cache);
+const AttentionLoops& attention_avx2(Type cache);
+const AttentionLoops& attention_avx512(Type cache);
 
 }  // namespace glm

@@ -3,11 +3,11 @@
 
 namespace glm {
 
-const AttentionLoops& attention_scalar(Type type) {
-  static constexpr AttentionLoops kF32 = float_loops<float, float, 4, 2, 4, 4>();
-  static constexpr AttentionLoops kBf16 = float_loops<Bf16, float, 4, 2, 4, 4>();
-  static constexpr AttentionLoops kF16 = float_loops<F16, float, 4, 2, 4, 4>();
-  return type == Type::f32 ? kF32 : type == Type::bf16 ? kBf16 : kF16;
+const AttentionLoops& attention_scalar(Type cache) {
+  static constexpr AttentionLoops kF32 = attention_loops<float, 4, 6>();
+  static constexpr AttentionLoops kBf16 = attention_loops<Bf16, 4, 6>();
+  static constexpr AttentionLoops kF16 = attention_loops<F16, 4, 6>();
+  return cache == Type::f32 ? kF32 : cache == Type::bf16 ? kBf16 : kF16;
 }
 
 }  // namespace glm

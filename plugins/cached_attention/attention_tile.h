@@ -1,13 +1,15 @@
 // The inner loops of CachedAttention for any vector width, on the vector types of GCC and Clang.
 //
 // Each instruction set's file includes this and compiles it for itself; everything has internal linkage, so that the
-// linker cannot mix them up.
+// linker cannot mix them up. To add an instruction set: a file attention_<isa>.cpp that hands out attention_loops()
+// with its number of lanes (a power of two, from 4) and with as many rows as its registers hold sums of, two vectors
+// per row, beside three vectors of operands: (16 - 3) / 2 = 6 with AVX2, (32 - 3) / 2 = 14 with AVX-512.
 #pragma once
 
-#include <type_traits>
 #include <utility>
 
 #include "plugins/cached_attention/attention.h"
+#include "plugins/cpu/rows.h"
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -31,6 +33,7 @@ struct Vectors {
   typedef int32_t I __attribute__((vector_size(4 * lanes)));
   typedef uint32_t U __attribute__((vector_size(4 * lanes)));
 };
+using Four = Vectors<4>::F;
 
 template <class V>
 GLM_INLINE V load(const void* from) {
@@ -58,51 +61,21 @@ GLM_INLINE F shuffle(F a, F b, I indices) {
   return __builtin_shuffle(a, b, indices);
 #endif
 }
-
-GLM_INLINE float to_f32(float x) { return x; }
-GLM_INLINE float to_f32(Bf16 x) { return bf16_to_f32(x.bits); }
-GLM_INLINE float to_f32(F16 x) {
-#ifdef __F16C__
-  return _cvtsh_ss(x.bits);
-#else
-  // Scaling by a power of two rebiases the exponent and makes subnormal numbers normal.
-  uint32_t bits = (x.bits & 0x7fffu) << 13;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  value *= 0x1p112f;
-  std::memcpy(&bits, &value, 4);
-  if ((x.bits & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
-  bits |= (x.bits & 0x8000u) << 16;
-  std::memcpy(&value, &bits, 4);
-  return value;
-#endif
-}
-
-GLM_INLINE void from_f32(float value, float* y) { *y = value; }
-GLM_INLINE void from_f32(float value, Bf16* y) { y->bits = f32_to_bf16(value); }
-GLM_INLINE void from_f32(float value, F16* y) {
-#ifdef __F16C__
-  y->bits = static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  uint32_t sign = (bits >> 16) & 0x8000u;
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) {
-    bits = 0x7e00u;
-  } else if (bits >= 0x477ff000u) {  // rounds to 2^16 or more
-    bits = 0x7c00u;
-  } else if (bits < 0x38800000u) {  // below 2^-14: the addition rounds to multiples of 2^-24
-    std::memcpy(&value, &bits, 4);
-    value += 0.5f;
-    std::memcpy(&bits, &value, 4);
-    bits -= 0x3f000000u;
-  } else {
-    bits = (bits + 0xfffu + ((bits >> 13) & 1u) - 0x38000000u) >> 13;
+// shuffle() within every four lanes, by the indices for the first four; those of b begin at 4.
+template <size_t width>
+GLM_INLINE typename Vectors<width>::F shuffle_fours(typename Vectors<width>::F a, typename Vectors<width>::F b,
+                                                    const int32_t (&indices)[4]) {
+  typename Vectors<width>::I all;
+  for (size_t i = 0; i < width; i++) {
+    const int32_t index = indices[i % 4], first = static_cast<int32_t>(i / 4 * 4);
+    all[i] = first + (index < 4 ? index : index - 4 + static_cast<int32_t>(width));
   }
-  y->bits = static_cast<uint16_t>(bits | sign);
-#endif
+  return shuffle(a, b, all);
 }
+
+inline float to_f32(float x) { return x; }
+inline float to_f32(Bf16 x) { return bf16_to_f32(x.bits); }
+inline float to_f32(F16 x) { return f16_to_f32(x.bits); }
 
 // 2^x for x <= 0: within 1.1 ulp (polynomial 2^-28.9, evaluation the rest), exactly 1 at 0, 0 below -126. NaN stays.
 template <class F, class U>
@@ -121,204 +94,250 @@ GLM_INLINE F exp2_of(F x) {
   return x < -126.0f ? F{} : p * power;
 }
 
-template <class T>
-void widen(const void* x, size_t n, float* y) {
-  const T* from = static_cast<const T*>(x);
-  size_t i = 0;
-#ifdef __F16C__
-  if constexpr (std::is_same_v<T, F16>) {
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_cvtph_ps(load<__m128i>(from + i)));
-  }
-#endif
-  for (; i < n; i++) y[i] = to_f32(from[i]);
-}
-
-template <class T>
-void narrow(const float* x, float factor, size_t n, void* y) {
-  T* to = static_cast<T*>(y);
-  size_t i = 0;
-#ifdef __F16C__
-  if constexpr (std::is_same_v<T, F16>) {
-    const __m256 factors = _mm256_set1_ps(factor);
-    for (; i + 8 <= n; i += 8) {
-      __m256 value = _mm256_loadu_ps(x + i) * factors;
-      store(to + i, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-    }
-  }
-#endif
-  for (; i < n; i++) from_f32(x[i] * factor, to + i);
-}
-
-template <class T>
-void rotate(const void* x, const float* cos, const float* sin, size_t R, size_t A, void* y) {
-  const T* low = static_cast<const T*>(x);
-  const T* high = low + R;
-  T* to = static_cast<T*>(y);
-  constexpr size_t kStep = 64;
-  float a[kStep], b[kStep], c[kStep];
-  for (size_t start = 0; start < R; start += kStep) {
-    size_t n = R - start < kStep ? R - start : kStep;
-    widen<T>(low + start, n, a);
-    widen<T>(high + start, n, b);
-    for (size_t i = 0; i < n; i++) {
-      c[i] = a[i] * cos[start + i] - b[i] * sin[start + i];
-      b[i] = b[i] * cos[start + i] + a[i] * sin[start + i];
-    }
-    narrow<T>(c, 1.0f, n, to + start);
-    narrow<T>(b, 1.0f, n, to + R + start);
-  }
-  std::memcpy(to + 2 * R, low + 2 * R, (A - 2 * R) * sizeof(T));
-}
-
-template <class T, size_t lanes>
-void pack(const void* q, size_t rows, size_t A, void* packed) {
-  float* to = static_cast<float*>(packed);
-  std::memset(packed, 0, A * lanes * sizeof(float));
-  for (size_t row = 0; row < rows; row++) {
-    const T* from = static_cast<const T*>(q) + row * A;
-    for (size_t i = 0; i < A; i++) to[i * lanes + row] = to_f32(from[i]);
-  }
-}
-
-// Scores of `count` positions for `parts` vectors of lanes: a key's element, once broadcast, serves all parts.
-template <size_t width, size_t parts, size_t count>
-GLM_INLINE void score_some(const float* packed, const float* keys, size_t A, const char* ahead, float* scores) {
-  using F = typename Vectors<width>::F;
-  F sum[count][parts] = {};
-  for (size_t i = 0; i < A; i++) {
-    __builtin_prefetch(ahead + 4 * count * i);  // as far ahead as this has read
-    F q[parts];
-    for (size_t part = 0; part < parts; part++) q[part] = load<F>(packed + (i * parts + part) * width);
-#pragma GCC unroll 16
-    for (size_t p = 0; p < count; p++) {
-      F k = splat<F>(keys[p * A + i]);
-#pragma GCC unroll 2
-      for (size_t part = 0; part < parts; part++) sum[p][part] += q[part] * k;
-    }
-  }
-  for (size_t p = 0; p < count; p++) {
-    for (size_t part = 0; part < parts; part++) store(scores + (p * parts + part) * width, sum[p][part]);
-  }
-}
-
-template <size_t width, size_t parts, size_t count>
-GLM_INLINE void score_all(const float* q, const float* k, size_t positions, size_t A, const char* ahead,
-                          float* scores) {
-  constexpr size_t lanes = width * parts;
-  size_t p = 0;
-  for (; p + count <= positions; p += count) {
-    score_some<width, parts, count>(q, k + p * A, A, ahead + p * A * 4, scores + p * lanes);
-  }
-  for (; p + 4 <= positions; p += 4) score_some<width, parts, 4>(q, k + p * A, A, ahead, scores + p * lanes);
-  for (; p < positions; p++) score_some<width, parts, 1>(q, k + p * A, A, ahead, scores + p * lanes);
-}
-
-template <size_t width, size_t parts, size_t count>
-void score(const void* packed, const void* keys, size_t positions, size_t A, const char* ahead, float* scores) {
-  const float* q = static_cast<const float*>(packed);
-  const float* k = static_cast<const float*>(keys);
-  // With a constant A, a key's address is one register plus a displacement: there are not enough registers otherwise.
-  if (A == 128) {
-    score_all<width, parts, count>(q, k, positions, 128, ahead, scores);
-  } else if (A == 64) {
-    score_all<width, parts, count>(q, k, positions, 64, ahead, scores);
+// The largest or the sum of a vector's lanes, in all of them.
+template <size_t width, bool largest, size_t step = width / 2>
+GLM_INLINE typename Vectors<width>::F across(typename Vectors<width>::F x) {
+  if constexpr (step == 0) {
+    return x;
   } else {
-    score_all<width, parts, count>(q, k, positions, A, ahead, scores);
+    typename Vectors<width>::I partner;
+    for (size_t i = 0; i < width; i++) partner[i] = static_cast<int32_t>(i ^ step);
+    const auto other = shuffle(x, x, partner);
+    return across<width, largest, step / 2>(largest ? (other > x ? other : x) : x + other);
   }
 }
 
-template <size_t width, size_t lanes, bool masked>
-GLM_INLINE void softmax_of(float* scores, size_t positions, const int32_t* seen, float factor, float* max, float* sum,
-                           float* decay) {
-  using F = typename Vectors<width>::F;
-  using I = typename Vectors<width>::I;
-  using U = typename Vectors<width>::U;
-  const I limit = masked ? load<I>(seen) : I{};
-  const F old = load<F>(max);
-  F top = old;
-  for (size_t p = 0; p < positions; p++) {
-    F x = load<F>(scores + p * lanes);
-    if (masked) x = static_cast<int32_t>(p) < limit ? x : top;
-    top = x > top ? x : top;
-  }
-  F total = {};
-  for (size_t p = 0; p < positions; p++) {
-    F x = exp2_of<F, U>((load<F>(scores + p * lanes) - top) * factor);
-    if (masked) x = static_cast<int32_t>(p) < limit ? x : F{};
-    total += x;
-    store(scores + p * lanes, x);
-  }
-  F ratio = exp2_of<F, U>((old - top) * factor);
-  store(max, top);
-  store(sum, load<F>(sum) * ratio + total);
-  store(decay, ratio);
+inline void widen(Type type, const void* x, size_t n, float* y) {
+  const float* from = load_f32(type, x, 0, n, y);
+  if (from != y) std::memcpy(y, from, n * sizeof(float));
 }
 
-template <size_t width, size_t lanes>
-void softmax(float* scores, size_t positions, const int32_t* seen, float factor, float* max, float* sum, float* decay) {
-  for (size_t i = 0; i < lanes; i += width) {
-    if (seen) {
-      softmax_of<width, lanes, true>(scores + i, positions, seen + i, factor, max + i, sum + i, decay + i);
-    } else {
-      softmax_of<width, lanes, false>(scores + i, positions, nullptr, factor, max + i, sum + i, decay + i);
-    }
+inline void narrow(Type type, const float* x, size_t n, void* y) { store_f32(type, x, 0, n, y); }
+
+inline void rotate(const float* cos, const float* sin, size_t R, float* x) {
+  for (size_t i = 0; i < R; i++) {
+    const float low = x[i], high = x[R + i];
+    x[i] = low * cos[i] - high * sin[i];
+    x[R + i] = high * cos[i] + low * sin[i];
   }
 }
 
-// Two vectors of values as floats. Of bf16 pairs, the first gets the even columns and the second the odd ones: that
-// takes no shuffle; sums are brought into that order and back once per block.
+// How cached elements become vectors of floats. A word is what one lane holds of a key: two bf16 elements, otherwise
+// one as float. Of vectors of bf16 pairs, one vector gets the even elements and one the odd ones: that takes no
+// shuffle.
 template <class T, size_t width>
-struct Columns;
+struct Elements;
 
 template <size_t width>
-struct Columns<float, width> {
+struct Elements<float, width> {
   using F = typename Vectors<width>::F;
-  static GLM_INLINE void values(const float* from, F v[2]) {
+  static constexpr size_t kPerWord = 1;
+  static GLM_INLINE float word(const float* from, size_t) { return *from; }
+  static GLM_INLINE Four words(const float* from) { return load<Four>(from); }
+  static GLM_INLINE F element(F words, size_t) { return words; }
+  static GLM_INLINE void columns(const float* from, F v[2]) {
     v[0] = load<F>(from);
     v[1] = load<F>(from + width);
   }
-  static GLM_INLINE void sort(F*) {}
-  static GLM_INLINE void unsort(F*) {}
 };
 
 template <size_t width>
-struct Columns<Bf16, width> {
+struct Elements<F16, width> {
   using F = typename Vectors<width>::F;
-  using I = typename Vectors<width>::I;
-  using U = typename Vectors<width>::U;
-  static GLM_INLINE void values(const Bf16* from, F v[2]) {
-    U pairs = load<U>(from);
-    v[0] = (F)(pairs << 16);
-    v[1] = (F)(pairs & 0xffff0000u);
+  static constexpr size_t kPerWord = 1;
+  template <class V>
+  static GLM_INLINE V widened(const F16* from) {
+    constexpr size_t count = sizeof(V) / sizeof(float);
+    V result = {};
+#ifdef __F16C__
+    if constexpr (count == 4) return (V)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    if constexpr (count == 8) return (V)_mm256_cvtph_ps(load<__m128i>(from));
+#endif
+    for (size_t i = 0; i < count; i++) result[i] = to_f32(from[i]);
+    return result;
   }
-  static GLM_INLINE void sort(F* x) {
-    I even, odd;
-    for (size_t i = 0; i < width; i++) {
-      even[i] = static_cast<int32_t>(2 * i);
-      odd[i] = static_cast<int32_t>(2 * i + 1);
-    }
-    F first = shuffle(x[0], x[1], even);
-    x[1] = shuffle(x[0], x[1], odd);
-    x[0] = first;
-  }
-  static GLM_INLINE void unsort(F* x) {
-    I low, high;
-    for (size_t i = 0; i < width; i++) {
-      low[i] = static_cast<int32_t>(i / 2 + i % 2 * width);
-      high[i] = static_cast<int32_t>(i / 2 + i % 2 * width + width / 2);
-    }
-    F first = shuffle(x[0], x[1], low);
-    x[1] = shuffle(x[0], x[1], high);
-    x[0] = first;
+  static GLM_INLINE float word(const F16* from, size_t) { return to_f32(*from); }
+  static GLM_INLINE Four words(const F16* from) { return widened<Four>(from); }
+  static GLM_INLINE F element(F words, size_t) { return words; }
+  static GLM_INLINE void columns(const F16* from, F v[2]) {
+    v[0] = widened<F>(from);
+    v[1] = widened<F>(from + width);
   }
 };
 
-// `rows` rows of all columns; `stride` lanes between the probabilities of two positions.
-template <class T, size_t width, size_t rows>
-void accumulate_rows(const float* probabilities, const float* decay, const T* values, size_t stride, size_t positions,
-                     size_t A, const char* ahead, float* out) {
+template <size_t width>
+struct Elements<Bf16, width> {
   using F = typename Vectors<width>::F;
-  using Pair = Columns<T, width>;
+  using U = typename Vectors<width>::U;
+  static constexpr size_t kPerWord = 2;
+  static GLM_INLINE float word(const Bf16* from, size_t left) {
+    return float_of(from[0].bits | (left > 1 ? static_cast<uint32_t>(from[1].bits) << 16 : 0));
+  }
+  static GLM_INLINE Four words(const Bf16* from) { return load<Four>(from); }
+  static GLM_INLINE F element(F words, size_t odd) { return odd ? (F)((U)words & 0xffff0000u) : (F)((U)words << 16); }
+  static GLM_INLINE void columns(const Bf16* from, F v[2]) {
+    const F pairs = load<F>(from);
+    v[0] = element(pairs, 0);
+    v[1] = element(pairs, 1);
+  }
+};
+
+// Four words of each of `width` / 4 keys, which are four apart, one after the other.
+template <class T, size_t width>
+GLM_INLINE typename Vectors<width>::F fours(const T* const* keys, size_t element) {
+  if constexpr (width == 4) {
+    return Elements<T, 4>::words(keys[0] + element);
+  } else {
+    using Half = typename Vectors<width / 2>::F;
+    const Half low = fours<T, width / 2>(keys, element), high = fours<T, width / 2>(keys + width / 2, element);
+    typename Vectors<width>::F both;
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    if constexpr (width == 8) both = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+    if constexpr (width == 16) {
+      both = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
+#else
+    for (size_t i = 0; i < width / 2; i++) {
+      both[i] = low[i];
+      both[width / 2 + i] = high[i];
+    }
+#endif
+    return both;
+  }
+}
+
+// The words of `width` keys as columns `stride` apart.
+template <class T, size_t width>
+GLM_INLINE void transpose_vector(const T* const* keys, size_t A, size_t stride, float* to) {
+  using F = typename Vectors<width>::F;
+  using Element = Elements<T, width>;
+  constexpr size_t step = Element::kPerWord;
+  size_t element = 0;
+  for (; element + 4 * step <= A; element += 4 * step, to += 4 * stride) {
+    // Lanes 4 i .. 4 i + 3 of rows[r] are of key 4 i + r; so four by four they are turned in their places.
+    F rows[4];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < 4; r++) rows[r] = fours<T, width>(keys + r, element);
+    const F low01 = shuffle_fours<width>(rows[0], rows[1], {0, 4, 1, 5});
+    const F high01 = shuffle_fours<width>(rows[0], rows[1], {2, 6, 3, 7});
+    const F low23 = shuffle_fours<width>(rows[2], rows[3], {0, 4, 1, 5});
+    const F high23 = shuffle_fours<width>(rows[2], rows[3], {2, 6, 3, 7});
+    store(to, shuffle_fours<width>(low01, low23, {0, 1, 4, 5}));
+    store(to + stride, shuffle_fours<width>(low01, low23, {2, 3, 6, 7}));
+    store(to + 2 * stride, shuffle_fours<width>(high01, high23, {0, 1, 4, 5}));
+    store(to + 3 * stride, shuffle_fours<width>(high01, high23, {2, 3, 6, 7}));
+  }
+  for (; element < A; element += step, to += stride) {
+    for (size_t i = 0; i < width; i++) to[i] = Element::word(keys[i] + element, A - element);
+  }
+}
+
+template <class T, size_t width>
+void transpose(const void* keys, size_t positions, size_t A, float* to) {
+  constexpr size_t per_word = Elements<T, width>::kPerWord;
+  const size_t words = (A + per_word - 1) / per_word;
+  for (size_t p = 0; p < positions; p += width) {
+    const T* rows[width];
+    for (size_t i = 0; i < width; i++) {
+      // What is beyond the last key may not be read; any number does there.
+      rows[i] = static_cast<const T*>(keys) + (p + i < positions ? p + i : positions - 1) * A;
+    }
+    transpose_vector<T, width>(rows, A, 2 * width, to + p / width % 2 * width);
+    if (p / width % 2) to += words * 2 * width;
+  }
+}
+
+// Scores of all positions for `rows` queries: a key's vector, once loaded, serves all of them.
+template <class T, size_t width, size_t rows>
+void score_rows(const float* q, const float* keys, size_t positions, size_t words, const char* ahead, size_t step,
+                float* scores) {
+  using F = typename Vectors<width>::F;
+  using Element = Elements<T, width>;
+  for (size_t p = 0; p < positions; p += 2 * width) {
+    F sum[rows][2] = {};
+    const float* query = q;
+#pragma GCC unroll 2
+    for (size_t part = 0; part < Element::kPerWord; part++) {
+      const float* key = keys;
+      for (size_t word = 0; word < words; word++, key += 2 * width, query += rows) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += step;
+        const F low = Element::element(load<F>(key), part), high = Element::element(load<F>(key + width), part);
+#pragma GCC unroll 16
+        for (size_t r = 0; r < rows; r++) {
+          const F factor = splat<F>(query[r]);
+          sum[r][0] += factor * low;
+          sum[r][1] += factor * high;
+        }
+      }
+    }
+    keys += words * 2 * width;
+#pragma GCC unroll 16
+    for (size_t r = 0; r < rows; r++) {
+      store(scores + r * kBlock + p, sum[r][0]);
+      store(scores + r * kBlock + p + width, sum[r][1]);
+    }
+  }
+}
+
+// Three passes, each over all rows, whose steps do not wait for one another.
+template <size_t width, size_t most>
+void softmax(float* scores, const int32_t* seen, size_t rows, size_t positions, float factor, float* max, float* sum,
+             float* decay) {
+  using F = typename Vectors<width>::F;
+  using I = typename Vectors<width>::I;
+  using U = typename Vectors<width>::U;
+  I lane;
+  for (size_t i = 0; i < width; i++) lane[i] = static_cast<int32_t>(i);
+  float old[(most + width - 1) / width * width] = {}, top[(most + width - 1) / width * width] = {};
+  for (size_t row = 0; row < rows; row++) {
+    const float* x = scores + row * kBlock;
+    const size_t end = seen ? static_cast<size_t>(seen[row]) : positions;
+    old[row] = max[row];
+    F largest = splat<F>(max[row]);
+    size_t p = 0;
+    for (; p + width <= end; p += width) {
+      const F value = load<F>(x + p);
+      largest = value > largest ? value : largest;
+    }
+    if (p < end) {
+      const F value = load<F>(x + p);
+      largest = (lane < static_cast<int32_t>(end - p)) & (value > largest) ? value : largest;
+    }
+    max[row] = top[row] = across<width, true>(largest)[0];
+  }
+  for (size_t row = 0; row < rows; row += width) {
+    const F ratio = exp2_of<F, U>((load<F>(old + row) - load<F>(top + row)) * factor);
+    std::memcpy(decay + row, &ratio, std::min(width, rows - row) * sizeof(float));
+  }
+  for (size_t row = 0; row < rows; row++) {
+    float* x = scores + row * kBlock;
+    const size_t end = seen ? static_cast<size_t>(seen[row]) : positions;
+    const F largest = splat<F>(max[row]);
+    F total = load<F>(sum + row * width) * decay[row];
+    size_t p = 0;
+    for (; p + width <= end; p += width) {
+      const F value = exp2_of<F, U>((load<F>(x + p) - largest) * factor);
+      total += value;
+      store(x + p, value);
+    }
+    if (p < end) {
+      const F value = exp2_of<F, U>((load<F>(x + p) - largest) * factor);
+      const F masked = lane < static_cast<int32_t>(end - p) ? value : F{};
+      total += masked;
+      store(x + p, masked);
+      p += width;
+    }
+    for (; p < positions; p += width) store(x + p, F{});
+    store(sum + row * width, total);
+  }
+}
+
+// `rows` rows of all columns.
+template <class T, size_t width, size_t rows>
+void accumulate_rows(const float* probabilities, const float* decay, const T* values, size_t positions, size_t A,
+                     const char* ahead, size_t step, float* out) {
+  using F = typename Vectors<width>::F;
   size_t column = 0;
   for (; column + 2 * width <= A; column += 2 * width) {
     F sum[rows][2];
@@ -326,24 +345,22 @@ void accumulate_rows(const float* probabilities, const float* decay, const T* va
     for (size_t r = 0; r < rows; r++) {
       sum[r][0] = load<F>(out + r * A + column) * decay[r];
       sum[r][1] = load<F>(out + r * A + column + width) * decay[r];
-      Pair::sort(sum[r]);
     }
     const T* value = values + column;
-    const float* probability = probabilities;
-    for (size_t p = 0; p < positions; p++, value += A, probability += stride) {
-      for (size_t line = 0; line < 2 * width * sizeof(T); line += 64, ahead += 64) __builtin_prefetch(ahead);
+    for (size_t p = 0; p < positions; p++, value += A) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += step;
       F v[2];
-      Pair::values(value, v);
+      Elements<T, width>::columns(value, v);
 #pragma GCC unroll 16
       for (size_t r = 0; r < rows; r++) {
-        F weight = splat<F>(probability[r]);
+        const F weight = splat<F>(probabilities[r * kBlock + p]);
         sum[r][0] += weight * v[0];
         sum[r][1] += weight * v[1];
       }
     }
 #pragma GCC unroll 16
     for (size_t r = 0; r < rows; r++) {
-      Pair::unsort(sum[r]);
       store(out + r * A + column, sum[r][0]);
       store(out + r * A + column + width, sum[r][1]);
     }
@@ -351,50 +368,66 @@ void accumulate_rows(const float* probabilities, const float* decay, const T* va
   for (; column < A; column++) {
     for (size_t r = 0; r < rows; r++) {
       float sum = out[r * A + column] * decay[r];
-      for (size_t p = 0; p < positions; p++) sum += probabilities[p * stride + r] * to_f32(values[p * A + column]);
+      for (size_t p = 0; p < positions; p++) sum += probabilities[r * kBlock + p] * to_f32(values[p * A + column]);
       out[r * A + column] = sum;
     }
   }
 }
 
-// As few passes over the values as the registers allow: up to `most` rows in one.
-template <class T, size_t lanes, size_t width, size_t most>
-struct Accumulate {
-  using Rows = void (*)(const float*, const float*, const T*, size_t, size_t, size_t, const char*, float*);
+template <class T, size_t width>
+void finish(const float* sums, const float* sum, size_t A, float* out) {
+  using F = typename Vectors<width>::F;
+  const float factor = 1.0f / across<width, false>(load<F>(sum))[0];
+  size_t column = 0;
+  for (; Elements<T, width>::kPerWord == 2 && column + 2 * width <= A; column += 2 * width) {
+    for (size_t i = 0; i < 2 * width; i++) out[column + i] = sums[column + i / 2 + i % 2 * width] * factor;
+  }
+  for (; column < A; column++) out[column] = sums[column] * factor;
+}
+
+// The loops for caches of T with vectors of `width` floats and at most `most` rows in a tile.
+template <class T, size_t width, size_t most>
+struct Loops {
+  using Score = void (*)(const float*, const float*, size_t, size_t, const char*, size_t, float*);
+  using Accumulate = void (*)(const float*, const float*, const T*, size_t, size_t, const char*, size_t, float*);
 
   template <size_t... n>
-  static Rows pick(size_t rows, std::index_sequence<n...>) {
-    static constexpr Rows kRows[] = {accumulate_rows<T, width, n + 1>...};
+  static Score score_of(size_t rows, std::index_sequence<n...>) {
+    static constexpr Score kRows[] = {score_rows<T, width, n + 1>...};
+    return kRows[rows - 1];
+  }
+  template <size_t... n>
+  static Accumulate accumulate_of(size_t rows, std::index_sequence<n...>) {
+    static constexpr Accumulate kRows[] = {accumulate_rows<T, width, n + 1>...};
     return kRows[rows - 1];
   }
 
-  static void all(const float* probabilities, const float* decay, const void* values, size_t rows, size_t positions,
-                  size_t A, const char* ahead, float* out) {
-    size_t passes = (rows + most - 1) / most;
-    for (size_t pass = 0, row = 0; pass < passes; pass++) {
-      size_t n = (rows - row + passes - pass - 1) / (passes - pass);
-      pick(n, std::make_index_sequence<most>())(probabilities + row, decay + row, static_cast<const T*>(values), lanes,
-                                                positions, A, ahead, out + row * A);
-      row += n;
-    }
+  static void scores(const float* q, const float* keys, size_t rows, size_t positions, size_t words, const char* ahead,
+                     size_t step, float* scores) {
+    score_of(rows, std::make_index_sequence<most>())(q, keys, positions, words, ahead, step, scores);
+  }
+
+  static void accumulate(const float* probabilities, const float* decay, const void* values, size_t rows,
+                         size_t positions, size_t A, const char* ahead, size_t step, float* out) {
+    const auto accumulate = accumulate_of(rows, std::make_index_sequence<most>());
+    accumulate(probabilities, decay, static_cast<const T*>(values), positions, A, ahead, step, out);
   }
 };
 
-// The loops with keys as floats: T itself if that is float, otherwise widened. Values are widened, too, unless V is T.
-// Per step scores() has parts * count sums in registers, accumulate() up to 2 * most.
-template <class T, class V, size_t width, size_t parts, size_t count, size_t most>
-constexpr AttentionLoops float_loops() {
-  constexpr size_t lanes = width * parts;
-  return {lanes,
-          !std::is_same_v<T, float>,
-          !std::is_same_v<T, V>,
-          rotate<T>,
-          widen<T>,
-          narrow<T>,
-          pack<T, lanes>,
-          score<width, parts, count>,
-          softmax<width, lanes>,
-          Accumulate<V, lanes, width, most>::all};
+template <class T, size_t width, size_t most>
+constexpr AttentionLoops attention_loops() {
+  using All = Loops<T, width, most>;
+  return {width,
+          most,
+          Elements<T, width>::kPerWord,
+          widen,
+          rotate,
+          narrow,
+          transpose<T, width>,
+          All::scores,
+          softmax<width, most>,
+          All::accumulate,
+          finish<T, width>};
 }
 
 }  // namespace

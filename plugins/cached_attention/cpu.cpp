@@ -1,4 +1,6 @@
 // Checks the operands of CachedAttention; attention.cpp computes.
+#include <utility>
+
 #include "plugins/cached_attention/attention.h"
 #include "plugins/cpu/op.h"
 
@@ -17,10 +19,10 @@ class CachedAttentionKernel : public Kernel {
   void compute(Run& run) const override {
     const Tensor q = run.input(0), k = run.input(1), v = run.input(2), cos = run.input(3), sin = run.input(4);
     const Tensor k_cache = run.input(5), v_cache = run.input(6), write_index = run.input(7), length = run.input(8);
-    q.expect({-1, -1, -1, -1});
-    k_cache.expect({q.dim(0), -1, -1, q.dim(3)});
+    q.expect({kAny, kAny, kPositive, kPositive});
+    k_cache.expect({q.dim(0), kPositive, kPositive, q.dim(3)});
     const int64_t B = q.dim(0), S = q.dim(1), H = q.dim(2), A = q.dim(3), J = k_cache.dim(1), C = k_cache.dim(2);
-    if (J < 1 || H < J || H % J != 0) {
+    if (H % J != 0) {
       throw Error("there are " + std::to_string(H) + " query heads: they must be a multiple of the " +
                   std::to_string(J) + " key/value heads.");
     }
@@ -47,6 +49,13 @@ class CachedAttentionKernel : public Kernel {
     const Tensor k_cache_out = run.output(1, k_cache.shape()), v_cache_out = run.output(2, v_cache.shape());
     const Tensor attentions = run.output(3, {B, H, S, C});
     const auto size = [](int64_t n) { return static_cast<size_t>(n); };
+    if (B * S == 0) {  // nothing is added to the caches
+      for (const auto& [from, to] : {std::pair(k_cache, k_cache_out), std::pair(v_cache, v_cache_out)}) {
+        const size_t bytes = size(from.size()) * size_of(from.type());
+        if (from.data() != to.data() && bytes > 0) std::memcpy(to.data(), from.data(), bytes);
+      }
+      return;
+    }
     const CachedAttention attention{size(B),
                                     size(S),
                                     size(H),
@@ -55,6 +64,7 @@ class CachedAttentionKernel : public Kernel {
                                     size(A),
                                     size(rotary_dim_ / 2),
                                     q.type(),
+                                    k_cache.type(),
                                     scale_,
                                     q.data(),
                                     k.data(),
@@ -84,13 +94,13 @@ const Register<CachedAttentionKernel> kCachedAttention{"CachedAttention",
                                                         {"v", kCompute, "q"},
                                                         {"cos", kF32},
                                                         {"sin", kF32},
-                                                        {"k_cache", kCompute, "q"},
-                                                        {"v_cache", kCompute, "q"},
+                                                        {"k_cache", kCompute},
+                                                        {"v_cache", kCompute, "k_cache"},
                                                         {"write_index", kI64},
                                                         {"length", kI64}},
                                                        {{"out", kCompute, "q"},
-                                                        {"k_cache_out", kCompute, "q"},
-                                                        {"v_cache_out", kCompute, "q"},
+                                                        {"k_cache_out", kCompute, "k_cache"},
+                                                        {"v_cache_out", kCompute, "k_cache"},
                                                         {"attentions", kF32, nullptr, true}}};
 
 }  // namespace

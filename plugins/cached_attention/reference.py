@@ -27,8 +27,8 @@ def cached_attention(
         v: [B, S, J, A].
         cos: [B, S, R] float32, R = rotary_dim / 2.
         sin: [B, S, R] float32.
-        k_cache: [B, J, C, A], in the dtype of q.
-        v_cache: [B, J, C, A].
+        k_cache: [B, J, C, A], in any compute dtype: k is rounded to it when it is written.
+        v_cache: [B, J, C, A], in the dtype of k_cache; likewise.
         write_index: [B] int64; position of each row's first new token. write_index + S must not exceed C.
         length: [B] int64; only tells kernels which tokens are padding, this reference computes them all the same.
         rotary_dim: leading elements of a head that are rotated, half split ("NeoX").
@@ -42,12 +42,12 @@ def cached_attention(
     J, C = k_cache.shape[1:3]
 
     q = _rotate(q, cos, sin, rotary_dim).to(q.dtype)
-    k = _rotate(k, cos, sin, rotary_dim).to(k.dtype)
+    k = _rotate(k, cos, sin, rotary_dim).to(k_cache.dtype)
     position_BS = write_index[:, None] + torch.arange(S, device=q.device)
     row_B1 = torch.arange(B, device=q.device)[:, None]
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     k_cache[row_B1, :, position_BS] = k
-    v_cache[row_B1, :, position_BS] = v
+    v_cache[row_B1, :, position_BS] = v.to(v_cache.dtype)
 
     q_BJGSA = q.float().view(B, S, J, H // J, A).permute(0, 2, 3, 1, 4)
     scores_BJGSC = q_BJGSA @ k_cache.float()[:, :, None].mT * scale

@@ -4,7 +4,8 @@ namespace glm {
 
 const Gemm& gemm(Isa isa) {
 #if defined(__x86_64__)
-  if (isa >= Isa::avx2) return kGemmAvx2;
+  if (isa == Isa::avx512) return kGemmAvx512;
+  if (isa == Isa::avx2) return kGemmAvx2;
 #endif
   (void)isa;
   return kGemmScalar;

@@ -45,6 +45,7 @@ struct Gemm {
 
 extern const Gemm kGemmScalar;
 extern const Gemm kGemmAvx2;
+extern const Gemm kGemmAvx512;
 
 // The forms for an instruction set.
 const Gemm& gemm(Isa isa);

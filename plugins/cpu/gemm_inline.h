@@ -1,7 +1,7 @@
 // What all forms of gemm.h share; compiled once per instruction set, so everything has internal linkage.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 
 #include "plugins/cpu/gemm.h"
 #include "plugins/cpu/rows.h"
@@ -9,7 +9,7 @@
 namespace glm {
 namespace {
 
-// The E4M3 number nearest to v, ties to even, |v| <= 448 (a little more rounds back to 448).
+// The E4M3 number nearest to v, ties to even, |v| <= 448 (a little more rounds back to 448). NaN stays NaN.
 inline float round_to_e4m3(float v) {
   const uint32_t sign = bits_of(v) & 0x80000000u;
   const uint32_t magnitude = bits_of(v) & 0x7fffffffu;
@@ -20,16 +20,15 @@ inline float round_to_e4m3(float v) {
   const float subnormal = (absolute + 0x1.8p14f) - 0x1.8p14f;
   float result = absolute < 0x1p-6f ? subnormal : normal;
   result = result > 448.0f ? 448.0f : result;
+  result = absolute == absolute ? result : absolute;  // a carry may have gone beyond the exponent
   return float_of(bits_of(result) | sign);
 }
 
 inline float quantize_row(float* x, size_t width) {
-  float amax = 0;
-  for (size_t i = 0; i < width; ++i) {
-    const float magnitude = std::fabs(x[i]);
-    amax = magnitude > amax ? magnitude : amax;
-  }
-  float scale = amax / 448.0f;
+  // Without their sign, numbers are ordered like their bits, which compilers compare many at a time.
+  uint32_t largest = 0;
+  for (size_t i = 0; i < width; ++i) largest = std::max(largest, bits_of(x[i]) & 0x7fffffffu);
+  float scale = float_of(largest) / 448.0f;
   if (!(scale > 0)) scale = 1;
   for (size_t i = 0; i < width; ++i) x[i] = round_to_e4m3(x[i] / scale);
   return scale;

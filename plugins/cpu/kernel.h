@@ -55,8 +55,9 @@ inline size_t tasks_for(size_t items, size_t per_task, size_t most) {
   return tasks < most ? (tasks ? tasks : 1) : most;
 }
 
-// Which instruction set to use: the best the machine has, or what GLM_EXPORT_CPU (scalar, avx2) says.
-enum class Isa { scalar, avx2 };
+// Which instruction set to use: the best the machine has, or what GLM_EXPORT_CPU (scalar, avx2, avx512) says. Each has
+// all of those before it.
+enum class Isa { scalar, avx2, avx512 };
 Isa isa();
 
 inline float bf16_to_f32(uint16_t value) {

@@ -1,5 +1,7 @@
-// What the shared library exports: ONNX Runtime calls RegisterCustomOps, Python asks glm_kernels what it would get.
+// What the shared library exports: ONNX Runtime calls RegisterCustomOps, Python asks glm_kernels what it would get and
+// glm_work what was done.
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <deque>
 #include <string>
@@ -91,10 +93,14 @@ TypedOp::TypedOp(const Op& op, std::vector<Type> types) : OrtCustomOp{}, op(op),
   };
   KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     const LiveKernel& live = *static_cast<LiveKernel*>(kernel);
-    return guarded(live.api, live.op.name, [&] {
+    const auto start = std::chrono::steady_clock::now();
+    OrtStatus* status = guarded(live.api, live.op.name, [&] {
       Run run(live.api, context, live.op);
       live.kernel->compute(run);
     });
+    work().nanoseconds +=
+        static_cast<uint64_t>(std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count());
+    return status;
   };
   KernelDestroy = [](void* kernel) { delete static_cast<LiveKernel*>(kernel); };
 }
@@ -167,4 +173,10 @@ GLM_EXPORT const char* glm_kernels() {
     text.clear();
   }
   return text.c_str();
+}
+
+// What the kernels have done so far, see Work.
+GLM_EXPORT void glm_work(uint64_t* nanoseconds, uint64_t* experts) {
+  *nanoseconds = glm::work().nanoseconds;
+  *experts = glm::work().experts;
 }

@@ -12,7 +12,7 @@ std::string text(const int64_t* dims, size_t rank) {
   std::string result = "[";
   for (size_t i = 0; i < rank; ++i) {
     if (i) result += ", ";
-    result += dims[i] < 0 ? "any" : std::to_string(dims[i]);
+    result += dims[i] == kAny ? "any" : dims[i] == kPositive ? "1 or more" : std::to_string(dims[i]);
   }
   return result + "]";
 }
@@ -23,6 +23,15 @@ void check(const ort::OrtApi* api, ort::OrtStatus* status) {
   std::string message = ort::GetErrorMessage(api, status);
   ort::ReleaseStatus(api, status);
   throw Error(message);
+}
+
+// ONNX Runtime does not always say which attribute it means.
+void check_attribute(const ort::OrtApi* api, ort::OrtStatus* status, const char* name, const char* kind) {
+  try {
+    check(api, status);
+  } catch (const Error& error) {
+    throw Error(std::string(name) + " is not there as " + kind + ": " + error.what());
+  }
 }
 
 Tensor tensor_of(const ort::OrtApi* api, const char* name, const ort::OrtValue* value) {
@@ -61,22 +70,29 @@ int64_t Tensor::rows() const {
 
 void Tensor::expect(const Dims& shape) const {
   bool same = shape.size() == rank_;
-  for (size_t i = 0; same && i < rank_; ++i) same = shape[i] < 0 || shape[i] == dims_[i];
+  for (size_t i = 0; same && i < rank_; ++i) {
+    same = shape[i] == kAny || shape[i] == dims_[i] || (shape[i] == kPositive && dims_[i] > 0);
+  }
   if (!same) {
     throw Error(std::string(name_) + " is " + text(dims_, rank_) + ", expected " + text(shape.data(), shape.size()) +
                 ".");
   }
 }
 
+void Tensor::expect_rows_of(int64_t D) const {
+  if (rank_ > 0 && dims_[rank_ - 1] == D) return;
+  throw Error(std::string(name_) + " is " + text(dims_, rank_) + ", expected [..., " + std::to_string(D) + "].");
+}
+
 int64_t Node::integer(const char* name) const {
   int64_t value = 0;
-  check(api_, ort::KernelInfoGetAttribute_int64(api_, info_, name, &value));
+  check_attribute(api_, ort::KernelInfoGetAttribute_int64(api_, info_, name, &value), name, "an integer");
   return value;
 }
 
 float Node::real(const char* name) const {
   float value = 0;
-  check(api_, ort::KernelInfoGetAttribute_float(api_, info_, name, &value));
+  check_attribute(api_, ort::KernelInfoGetAttribute_float(api_, info_, name, &value), name, "a float");
   return value;
 }
 
@@ -108,15 +124,20 @@ void* Run::scratch(size_t bytes) const {
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
   };
+#if defined(__SANITIZE_ADDRESS__)
+  constexpr bool kReused = false;  // a piece of its own each time, so that what is beyond it is noticed
+#else
+  constexpr bool kReused = true;
+#endif
   thread_local std::unique_ptr<void, Free> memory;
   thread_local size_t size = 0;
-  if (size < bytes) {
+  if (size < bytes || !kReused) {
     memory.reset();
     size = 0;
-    const size_t rounded = (bytes + 63) / 64 * 64;
-    memory.reset(std::aligned_alloc(64, rounded));
-    if (!memory) throw std::bad_alloc();
-    size = rounded;
+    void* made = nullptr;
+    if (posix_memalign(&made, 64, bytes) != 0) throw std::bad_alloc();
+    memory.reset(made);
+    size = bytes;
   }
   return memory.get();
 }
@@ -137,8 +158,14 @@ void Run::run(Function function, void* data, size_t count) const {
       if (!job.failed.exchange(true)) job.error = std::current_exception();
     }
   };
-  check(api_, ort::KernelContext_ParallelFor(api_, context_, guarded, count, 0, &job));
+  // As many batches as tasks: a thread that is done takes what is left, others may be held up.
+  check(api_, ort::KernelContext_ParallelFor(api_, context_, guarded, count, count, &job));
   if (job.error) std::rethrow_exception(job.error);
+}
+
+Work& work() {
+  static Work done;
+  return done;
 }
 
 std::vector<Op>& ops() {

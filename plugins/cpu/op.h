@@ -7,7 +7,8 @@
 //     void compute(Run& run) const override {
 //       const Tensor x = run.input(0);
 //       const Tensor bias = run.input(1);            // optional
-//       if (bias.present()) bias.expect({x.dim(-1)});
+//       x.expect({kAny, kPositive});
+//       if (bias.present()) bias.expect({x.dim(1)});
 //       const Tensor y = run.output(0, x.shape());
 //       ...
 //     }
@@ -15,6 +16,7 @@
 //   const Register<Scale> kScale{"Scale", {{"x", kCompute}, {"bias", kF32, nullptr, true}}, {{"y", kCompute, "x"}}};
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -54,6 +56,10 @@ struct Operand {
 
 using Dims = std::vector<int64_t>;
 
+// Sizes for Tensor::expect. Only the number of tokens may be zero: kernels need not think about empty sums.
+constexpr int64_t kAny = -1;
+constexpr int64_t kPositive = -2;
+
 // An input or output while a kernel runs. The data is ONNX Runtime's.
 class Tensor {
  public:
@@ -79,8 +85,10 @@ class Tensor {
   int64_t rows() const;
   Dims shape() const { return Dims(dims_, dims_ + rank_); }
 
-  // Throws Error unless the shape is this one; -1 stands for any size.
+  // Throws Error unless the shape is this one, which may have kAny and kPositive in it.
   void expect(const Dims& shape) const;
+  // Throws Error unless the last dimension is D, whatever those before it.
+  void expect_rows_of(int64_t D) const;
 
  private:
   const char* name_ = nullptr;
@@ -137,6 +145,13 @@ class Kernel {
   virtual ~Kernel() = default;
   virtual void compute(Run& run) const = 0;
 };
+
+// What all kernels have done since the library was loaded; a benchmark takes the difference between two moments.
+struct Work {
+  std::atomic<uint64_t> nanoseconds{0};  // in kernels, on the thread that ONNX Runtime calls them on
+  std::atomic<uint64_t> experts{0};      // whose weights a run needed: each once per run, however many tokens chose it
+};
+Work& work();
 
 // The name that GLM_EXPORT_CPU knows an instruction set by. isa() itself reads that variable at every call and throws
 // Error where it is wrong: a kernel asks once, when it is made, so that the answer is that of its session.

@@ -9,10 +9,12 @@ extern "C" __attribute__((visibility("default"))) int64_t glm_quantize_rows(int3
   using namespace glm;  // NOLINT(google-build-using-namespace)
   try {
     auto* quantize = quantize_rows_scalar;
+    const Isa best = isa();
 #if defined(__x86_64__)
-    if (isa() == Isa::avx2) quantize = quantize_rows_avx2;
+    if (best == Isa::avx2) quantize = quantize_rows_avx2;
+    if (best == Isa::avx512) quantize = quantize_rows_avx512;
 #else
-    isa();
+    (void)best;
 #endif
     return static_cast<int64_t>(quantize(static_cast<Type>(type), x, O, I, values, scales));
   } catch (const std::exception&) {

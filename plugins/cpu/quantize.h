@@ -9,5 +9,6 @@ namespace glm {
 // Returns the number of rows done: O, or the index of the first row with an element that is not finite.
 size_t quantize_rows_scalar(Type type, const void* x, size_t O, size_t I, uint8_t* values, float* scales);
 size_t quantize_rows_avx2(Type type, const void* x, size_t O, size_t I, uint8_t* values, float* scales);
+size_t quantize_rows_avx512(Type type, const void* x, size_t O, size_t I, uint8_t* values, float* scales);
 
 }  // namespace glm

@@ -71,6 +71,17 @@ inline void store_f32(Type type, const float* values, size_t start, size_t count
   }
 }
 
+// Rounds x to a compute dtype, in place.
+inline void round_f32(Type type, float* x, size_t count) {
+  if (type == Type::f32) return;
+  uint16_t rounded[kTile];
+  for (size_t start = 0; start < count; start += kTile) {
+    const size_t n = std::min(kTile, count - start);
+    store_f32(type, x + start, 0, n, rounded);
+    load_f32(type, rounded, 0, n, x + start);
+  }
+}
+
 // e^x within 2 units in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, the Taylor series to r^7 (its rest is
 // below 2^-27), and 2^n in two factors so that results may be subnormal or infinite. NaN stays NaN.
 inline float exp_f32(float x) {

@@ -1,5 +1,4 @@
-#include "plugins/cpu/op.h"
-#include "plugins/linear/linear.h"
+#include "plugins/linear/operands.h"
 
 namespace glm {
 namespace {
@@ -12,20 +11,13 @@ class LinearKernel : public Kernel {
 
   void compute(Run& run) const override {
     const Tensor x = run.input(0);
-    const Tensor weight = run.input(1);
-    const Tensor scale = with_scale ? run.input(2) : Tensor();
-    const Tensor bias = run.input(with_scale ? 3 : 2);
-    const int64_t out_size = weight.dim(0), width = x.dim(-1);
-    weight.expect({-1, width});
-    if (with_scale) scale.expect({out_size});
-    if (bias.present()) bias.expect({out_size});
+    const LinearOperands weight(run, 1, with_scale);
+    x.expect_rows_of(weight.width());
     Dims shape = x.shape();
-    shape.back() = out_size;
-    const Tensor y = run.output(0, shape);
-    if (x.rows() == 0) return;
-    linear({x.type(), x.data(), weight.type(), weight.data(), with_scale ? scale.as<const float>() : nullptr,
-            bias.present() ? bias.as<const float>() : nullptr, static_cast<size_t>(x.rows()),
-            static_cast<size_t>(width), static_cast<size_t>(out_size), y.data()},
+    shape.back() = weight.out_size();
+    const LinearPart part = weight.part(run.output(0, shape));
+    linear({x.type(), x.data(), weight.type(), static_cast<size_t>(x.rows()), static_cast<size_t>(weight.width()),
+            &part, 1},
            gemm_, run.parallel());
   }
 

@@ -1,6 +1,5 @@
-// One task computes a block of output columns for a block of rows; every weight row is read by one task per row block.
-// Columns are split so that two tasks or more keep each thread busy, rows only when there are many, so that a block of
-// activations stays in the second-level cache while the weights stream by.
+// One task computes a block of output columns of one part for a block of rows; every weight row is read by one task per
+// row block. The tasks of all parts are handed out together.
 #include "plugins/linear/linear.h"
 
 #include <algorithm>
@@ -11,42 +10,52 @@
 namespace glm {
 namespace {
 
-constexpr size_t kTaskBytes = 64 << 10;         // of weights, so that dispatching a task costs little beside it
-constexpr size_t kActivationBytes = 256 << 10;  // of packed rows that a task goes over again and again
+size_t ceil(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// y of a part for the weight rows [first, last) and the rows [t_first, t_last) of x.
+void block(const LinearArguments& a, const LinearPart& part, const Gemm& g, Form form, const PackedRows& rows,
+           size_t first, size_t last, size_t t_first, size_t t_last) {
+  const size_t n = last - first;
+  thread_local std::vector<float> sums;
+  if (sums.size() < n * (t_last - t_first)) sums.resize(n * (t_last - t_first));
+  const auto* weight = static_cast<const uint8_t*>(part.weight) + first * a.I * size_of(a.weight_type);
+  prefetch(part.weight_scale ? part.weight_scale + first : nullptr, n);
+  prefetch(part.bias ? part.bias + first : nullptr, n);
+  g.multiply(form, weight, n, rows.pointers() + t_first, t_last - t_first, a.I, sums.data(), n);
+  for (size_t t = t_first; t < t_last; ++t) {
+    float* y = sums.data() + (t - t_first) * n;
+    if (part.weight_scale) {
+      const float scale = rows.scale(t);
+      for (size_t i = 0; i < n; ++i) y[i] *= scale * part.weight_scale[first + i];
+    }
+    if (part.bias) {
+      for (size_t i = 0; i < n; ++i) y[i] += part.bias[first + i];
+    }
+    store_f32(a.x_type, y, t * part.O + first, n, part.y);
+  }
+}
 
 }  // namespace
 
 void linear(const LinearArguments& a, const Gemm& g, const Parallel& parallel) {
   const Form form = form_of(a.weight_type, a.x_type);
-  const size_t weight_row = a.I * size_of(a.weight_type);
-  const PackedRows rows(g, form, a.x_type, a.x, a.T, a.I, parallel);
-
-  const size_t column_tasks = tasks_for(a.O * weight_row, kTaskBytes, kMostTasks);
-  const size_t columns = (a.O + column_tasks - 1) / column_tasks;
-  const size_t row_block = std::max<size_t>(16, kActivationBytes / rows.row_bytes());
-  const size_t row_tasks = (a.T + row_block - 1) / row_block;
-  parallel(column_tasks * row_tasks, [&](size_t task) {
-    const size_t first = task % column_tasks * columns;
-    const size_t last = std::min(a.O, first + columns);
-    const size_t t_first = task / column_tasks * row_block;
-    const size_t t_last = std::min(a.T, t_first + row_block);
-    if (first >= last) return;
-    const size_t n = last - first;
-    thread_local std::vector<float> sums;
-    if (sums.size() < n * (t_last - t_first)) sums.resize(n * (t_last - t_first));
-    const auto* weight = static_cast<const uint8_t*>(a.weight) + first * weight_row;
-    g.multiply(form, weight, n, rows.pointers() + t_first, t_last - t_first, a.I, sums.data(), n);
-    for (size_t t = t_first; t < t_last; ++t) {
-      float* y = sums.data() + (t - t_first) * n;
-      if (a.weight_scale) {
-        const float scale = rows.scale(t);
-        for (size_t i = 0; i < n; ++i) y[i] *= scale * a.weight_scale[first + i];
-      }
-      if (a.bias) {
-        for (size_t i = 0; i < n; ++i) y[i] += a.bias[first + i];
-      }
-      store_f32(a.x_type, y, t * a.O + first, n, a.y);
-    }
+  thread_local PackedRows packed;
+  PackedRows& rows = packed;  // this thread's, for the tasks too
+  rows.pack(g, form, a.x_type, a.x, a.T, a.I, parallel);
+  const auto columns = [&](const LinearPart& part) {
+    return weight_rows_per_task(part.O, a.I * size_of(a.weight_type), a.T);
+  };
+  const auto column_tasks = [&](const LinearPart& part) { return ceil(part.O, columns(part)); };
+  const size_t row_tasks = ceil(a.T, kRowsPerTask);
+  size_t tasks = 0;
+  for (size_t p = 0; p < a.part_count; ++p) tasks += column_tasks(a.parts[p]) * row_tasks;
+  parallel(tasks, [&](size_t task) {
+    const LinearPart* part = a.parts;
+    for (; task >= column_tasks(*part) * row_tasks; ++part) task -= column_tasks(*part) * row_tasks;
+    const size_t first = task % column_tasks(*part) * columns(*part);
+    const size_t t_first = task / column_tasks(*part) * kRowsPerTask;
+    block(a, *part, g, form, rows, first, std::min(part->O, first + columns(*part)), t_first,
+          std::min(a.T, t_first + kRowsPerTask));
   });
 }
 

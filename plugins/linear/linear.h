@@ -1,19 +1,26 @@
-// Linear and FP8Linear: y = x @ weight^T + bias, without anything of ONNX Runtime.
+// Linear and FP8Linear: y = x @ weight^T + bias, for one or several weights; without anything of ONNX Runtime.
 #pragma once
 
 #include "plugins/cpu/gemm.h"
 
 namespace glm {
 
-struct LinearArguments {
-  Type x_type;                // f32, bf16 or f16
-  const void* x;              // [T, I]
-  Type weight_type;           // f32, bf16, f16 or e4m3
+// One weight and what it gives.
+struct LinearPart {
   const void* weight;         // [O, I]
   const float* weight_scale;  // [O] for e4m3, else null
   const float* bias;          // [O] or null
-  size_t T, I, O;
+  size_t O;
   void* y;  // [T, O] of x_type
+};
+
+struct LinearArguments {
+  Type x_type;       // f32, bf16 or f16
+  const void* x;     // [T, I], packed once for all parts
+  Type weight_type;  // f32, bf16, f16 or e4m3
+  size_t T, I;
+  const LinearPart* parts;
+  size_t part_count;
 };
 
 void linear(const LinearArguments& a, const Gemm& gemm, const Parallel& parallel);

@@ -18,22 +18,25 @@ class ExpertsKernel : public Kernel {
     const Tensor gate_up_scale = with_scale ? run.input(4) : Tensor();
     const Tensor down = run.input(with_scale ? 5 : 4);
     const Tensor down_scale = with_scale ? run.input(6) : Tensor();
-    const int64_t T = hidden.dim(0), D = hidden.dim(1), K = ids.dim(1), E = down.dim(0), F = down.dim(2);
-    ids.expect({T, K});
-    weights.expect({T, K});
+    down.expect({kPositive, kPositive, kPositive});
+    const int64_t E = down.dim(0), D = down.dim(1), F = down.dim(2);
     gate_up.expect({E, 2 * F, D});
-    down.expect({E, D, F});
+    hidden.expect({kAny, D});
+    ids.expect({hidden.dim(0), kPositive});
+    const int64_t T = ids.dim(0), K = ids.dim(1);
+    weights.expect({T, K});
     if (with_scale) {
       gate_up_scale.expect({E, 2 * F});
       down_scale.expect({E, D});
     }
     const Tensor out = run.output(0, {T, D});
     if (T == 0) return;
-    experts({hidden.type(), hidden.data(), ids.as<const int32_t>(), weights.as<const float>(), gate_up.type(),
-             gate_up.data(), with_scale ? gate_up_scale.as<const float>() : nullptr, down.data(),
-             with_scale ? down_scale.as<const float>() : nullptr, static_cast<size_t>(T), static_cast<size_t>(K),
-             static_cast<size_t>(E), static_cast<size_t>(D), static_cast<size_t>(F), out.data()},
-            gemm_, run.parallel());
+    work().experts +=
+        experts({hidden.type(), hidden.data(), ids.as<const int32_t>(), weights.as<const float>(), gate_up.type(),
+                 gate_up.data(), with_scale ? gate_up_scale.as<const float>() : nullptr, down.data(),
+                 with_scale ? down_scale.as<const float>() : nullptr, static_cast<size_t>(T), static_cast<size_t>(K),
+                 static_cast<size_t>(E), static_cast<size_t>(D), static_cast<size_t>(F), out.data(), nullptr},
+                gemm_, run.parallel());
   }
 
  private:

@@ -1,9 +1,20 @@
-// MoEExperts and FP8MoEExperts, without anything of ONNX Runtime.
+// MoEExperts and FP8MoEExperts, with or without a shared expert, without anything of ONNX Runtime.
 #pragma once
 
 #include "plugins/cpu/gemm.h"
 
 namespace glm {
+
+// An expert that every token goes through, of the dtype of the others. Scales are those of e4m3, else null.
+struct SharedExpert {
+  size_t F;
+  const void* gate;         // [F, D]
+  const float* gate_scale;  // [F]
+  const void* up;           // [F, D]
+  const float* up_scale;    // [F]
+  const void* down;         // [D, F]
+  const float* down_scale;  // [D]
+};
 
 struct ExpertsArguments {
   Type x_type;                  // f32, bf16 or f16
@@ -16,10 +27,12 @@ struct ExpertsArguments {
   const void* down;             // [E, D, F]
   const float* down_scale;      // [E, D] for e4m3, else null
   size_t T, K, E, D, F;
-  void* out;  // [T, D] of x_type
+  void* out;                   // [T, D] of x_type
+  const SharedExpert* shared;  // or null; its output, rounded, is added to that of the others, rounded
 };
 
-// Throws std::invalid_argument when an expert id is not in 0 .. E-1.
-void experts(const ExpertsArguments& a, const Gemm& gemm, const Parallel& parallel);
+// Returns how many experts' weights were needed: each counts once, however many tokens chose it, but again for every
+// 1024 tokens. Throws std::invalid_argument when an expert id is not in 0 .. E-1.
+size_t experts(const ExpertsArguments& a, const Gemm& gemm, const Parallel& parallel);
 
 }  // namespace glm

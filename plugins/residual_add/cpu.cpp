@@ -2,7 +2,7 @@
 // Elements are split evenly, whatever the rows.
 // A sum per eight bytes or so: only the memory rate matters, and a decode step's few thousand stay in one task.
 #include "plugins/cpu/op.h"
-#include "plugins/cpu/rows.h"
+#include "plugins/residual_add/residual_add.h"
 
 namespace glm {
 namespace {
@@ -16,14 +16,7 @@ class ResidualAdd : public Kernel {
     update.expect(x.shape());
     const Tensor y = run.output(0, x.shape());
     split(run.parallel(), static_cast<size_t>(x.size()), 1, [&](size_t begin, size_t end) {
-      float x_buffer[kTile], update_buffer[kTile], sum[kTile];
-      for (size_t start = begin; start < end; start += kTile) {
-        const size_t count = std::min(kTile, end - start);
-        const float* a = load_f32(x.type(), x.data(), start, count, x_buffer);
-        const float* b = load_f32(update.type(), update.data(), start, count, update_buffer);
-        for (size_t i = 0; i < count; ++i) sum[i] = a[i] + b[i];
-        store_f32(y.type(), sum, start, count, y.data());
-      }
+      residual_add(x.type(), x.data(), update.type(), update.data(), begin, end, y.data());
     });
   }
 };

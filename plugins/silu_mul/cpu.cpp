@@ -14,6 +14,7 @@ class SiluMul : public Kernel {
 #if defined(__x86_64__)
     const Isa best = isa();
     if (best == Isa::avx2) function_ = silu_mul_avx2;
+    if (best == Isa::avx512) function_ = silu_mul_avx512;
 #endif
   }
 

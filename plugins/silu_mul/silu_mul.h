@@ -15,5 +15,6 @@ struct SiluMulTensors {
 
 void silu_mul_scalar(const SiluMulTensors& tensors, size_t begin, size_t end);
 void silu_mul_avx2(const SiluMulTensors& tensors, size_t begin, size_t end);
+void silu_mul_avx512(const SiluMulTensors& tensors, size_t begin, size_t end);
 
 }  // namespace glm

@@ -130,6 +130,7 @@ def test_engines_that_disagree_exit_with_4_and_the_report_says_which(directory: 
     [
         (("--against", "onnxruntime"), "--against onnxruntime is the engine itself"),
         (("--against", "portable", "--steps", "2", "--checkpoint", "x"), "--checkpoint is for the drift"),
+        (("--against", "portable", "--cache-dtype", "float32"), "--cache-dtype is not for --against"),
         (("--save-outputs", "x.json"), "--save-outputs is for --against"),
         (("--against", "tensor"), "'tensor' is not one of"),
     ],

@@ -457,7 +457,7 @@ def test_bundle(name: str, tmp_path: Path) -> None:
     assert sentence in refused(code, "run", tmp_path / "bundle", "--prompt", "the", "--max-new-tokens", 1)
 
 
-@pytest.mark.parametrize("command", ["run", "validate", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["run", "bench", "validate", "inspect", "verify"])
 @pytest.mark.parametrize("kind", ["missing", "file", "checkpoint"])
 def test_what_is_no_bundle(command: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

@@ -22,7 +22,7 @@ from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.files import FileRecord, sha256_of
 from glm_export.runtime.manifest import Manifest
 
-COMMANDS = ("make-checkpoint", "plan", "build", "engine", "checkpoint", "run", "validate", "inspect", "verify")
+COMMANDS = ("make-checkpoint", "plan", "build", "engine", "checkpoint", "run", "bench", "validate", "inspect", "verify")
 PROGRAM = (sys.executable, "-m", "glm_export.exporter.cli")
 
 
@@ -183,6 +183,15 @@ def test_a_stop_token_ends_the_text(tmp_path: Path) -> None:
     assert result["token_ids"] == before[: before.index(stop)]
     assert len(np.load(tmp_path / "logits.npy")) == before.index(stop) + 1
     assert json.loads(call("run", path, *options, "--ignore-eos").out)["token_ids"] == before
+
+
+def test_the_cache_dtype_is_an_option_of_run() -> None:
+    options = ("--ids", "1,2,3", "--max-new-tokens", 2, "--json", "--threads", 1)
+    plain, rounded = (
+        json.loads(call("run", bundle("fp32"), *options, *more).out) for more in ((), ("--cache-dtype", "bfloat16"))
+    )
+    assert rounded.keys() == plain.keys()
+    assert "'float33' is not one of" in call("run", bundle("fp32"), *options, "--cache-dtype", "float33").err
 
 
 def test_a_default_limit_fits_the_capacity() -> None:

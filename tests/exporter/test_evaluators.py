@@ -75,6 +75,35 @@ def test_evaluators_agree_on_ragged_prefill_and_decode(bundle_of, precision):
             assert np.abs(got - want).max() < 1e-4, name
 
 
+@pytest.mark.parametrize(
+    ("precision", "cache_dtype"), [("fp32", "bfloat16"), ("bf16", "float32"), ("fp16", "bfloat16"), ("fp8", "float32")]
+)
+def test_a_session_keeps_its_caches_in_the_dtype_it_is_asked_for(bundle_of, precision, cache_dtype):
+    bundle = bundle_of(precision)
+    tokens = [[5, 17, 300, 44, 2]]
+    with open_session(bundle, batch=1, capacity=CAPACITY, cache_dtype=cache_dtype) as session:
+        prefilled = prefill(session, tokens).copy()
+        got = np.stack([prefilled, decode_step(session, [7]).copy()])
+        cached = {binding.name: session.cache(binding.name).copy() for binding in session.contract.caches()}
+    model = reference_of_bundle(bundle)
+    ids = torch.tensor([[*tokens[0], 7]])
+    with torch.no_grad():
+        caches = model.empty_caches(1, CAPACITY, getattr(torch, cache_dtype))
+        output = model(ids, caches=caches, logits_to_keep=torch.tensor([4, 5]))
+    want = output.logits.transpose(0, 1).numpy()
+    error = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    assert error.max() <= tolerances(precision, 4, cache_dtype=cache_dtype)[1].bound
+    assert {array.dtype.name for array in cached.values()} == {cache_dtype}
+    # Layer 0 comes before every sum that may differ but that of its projection: its keys are those of the reference, up
+    # to a rounding of the compute dtype or of the cache's, both within 2^-8.
+    keys = output.caches[0][0].float().numpy()
+    np.testing.assert_allclose(
+        cached["k_cache.0"].astype(np.float32), keys, rtol=2**-8, atol=2**-8 * np.abs(keys).max()
+    )
+    if cache_dtype == "float32":  # nothing is rounded on the way to the cache
+        assert (cached["k_cache.0"] != cached["k_cache.0"].astype(np.float16)).any()
+
+
 def test_greedy_tokens_are_the_same_over_64_steps(bundle_of):
     """Float32: onnxruntime with its in-place cache against the reference with its functional one."""
     bundle = bundle_of("fp32")

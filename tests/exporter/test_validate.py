@@ -41,6 +41,18 @@ def test_every_precision_is_within_its_tolerance(bundle_of, precision, kernels, 
         assert report.drift.summary()["relative_l2_median"] > report.engine.summary()["relative_l2_median"]
 
 
+@pytest.mark.parametrize(
+    ("precision", "cache_dtype"), [("fp32", "bfloat16"), ("bf16", "float32"), ("fp16", "bfloat16"), ("fp8", "float32")]
+)
+@pytest.mark.parametrize("kernels", ["portable", ""])
+def test_caches_of_another_dtype_are_within_their_tolerance(bundle_of, precision, cache_dtype, kernels, monkeypatch):
+    # The reference rounds what it caches alike: again only the order of sums differs, and what that turns around.
+    monkeypatch.setenv("GLM_EXPORT_CPU", kernels)
+    report = validate(bundle_of(precision), cache_dtype=cache_dtype, steps=4, drift=False, reporter=QUIET)
+    assert report, "\n".join(report.lines())
+    assert report.to_dict()["cache_dtype"] == cache_dtype
+
+
 def test_the_report_is_written_and_is_json(bundle_of):
     bundle = bundle_of("fp8")
     report = validate(bundle, steps=3, reporter=QUIET)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import closeness
+import cpu_tools
 import cuda_tools
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import untraced
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from onnx_evaluator import NUMPY_DTYPES, TENSORRT_OPS, to_numpy, to_torch
@@ -24,8 +27,7 @@ from torch import Tensor
 import glm_export.plugins.torch_ops  # noqa: F401 (defines torch.ops.glm)
 from glm_export.exporter.tensorrt.lower import lower
 from glm_export.plugins.bodies import OPSET, portable_functions
-from glm_export.plugins.fp8_cache_write.reference import fp8_cache_write
-from glm_export.plugins.library import Kernels, cpu_kernels, cpu_library, forced_cpu
+from glm_export.plugins.library import cpu_kernels, forced_cpu
 from glm_export.plugins.ops import OPS
 from glm_export.plugins.schema import DOMAIN, VERSION
 from glm_export.plugins.schema import Tensor as TensorSchema
@@ -33,9 +35,7 @@ from glm_export.plugins.schema import Tensor as TensorSchema
 ONNX_DTYPES = {dtype: helper.np_dtype_to_tensor_dtype(numpy) for dtype, numpy in NUMPY_DTYPES.items()}
 TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in ONNX_DTYPES.items()}
 
-
-ISAS = ("scalar", "avx2")
-FORMS = ("reference", "onnxruntime", "onnx_reference", "tensorrt", *(f"kernel_{isa}" for isa in ISAS))
+FORMS = ("reference", "onnxruntime", "onnx_reference", "tensorrt", *cpu_tools.EVALUATORS)
 
 
 class ExpectClose(Protocol):
@@ -47,6 +47,16 @@ class Evaluate(Protocol):
     """In which form the op runs: one of FORMS."""
 
     def __call__(self, name: str, *inputs: Tensor | None, outputs: int = ..., **attributes: float) -> list[Tensor]: ...
+
+
+class RunKernel(Protocol):
+    isa: str
+
+    def __call__(self, name: str, inputs: Inputs, *, threads: int = ..., **attributes: float) -> list[Tensor]: ...
+
+
+Inputs = dict[str, Tensor | None]
+"""By name and in the order of the node; None where one is left out."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -62,6 +72,12 @@ def _one_thread() -> Iterator[None]:
 def expect_close() -> ExpectClose:
     """Compares element by element in float64; a failure names the worst element."""
     return closeness.expect_close
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Tells by a test's name that its AVX-512 is emulated."""
+    emulated = isinstance(val, str) and val == "kernel_avx512" and cpu_tools.is_emulated("avx512")
+    return f"{val}_emulated" if emulated else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -84,7 +100,7 @@ def evaluate(request: pytest.FixtureRequest) -> Evaluate:
         "onnx_reference": _onnx_reference,
         "tensorrt": _tensorrt,
     }
-    runs |= {f"kernel_{isa}": functools.partial(_kernel, isa) for isa in ISAS}
+    runs |= {f"kernel_{isa}": functools.partial(_kernel, isa) for isa in cpu_tools.ISAS}
     runs |= {name: functools.partial(cuda_tools.run, name) for name in cuda_tools.EVALUATORS}
     run: Callable[..., list[Tensor]] = runs[request.param]
 
@@ -101,9 +117,26 @@ def evaluate(request: pytest.FixtureRequest) -> Evaluate:
     return cast(Evaluate, evaluate)
 
 
+@pytest.fixture(params=cpu_tools.ISAS, ids=cpu_tools.EVALUATORS)
+def kernel(request: pytest.FixtureRequest) -> RunKernel:
+    """An op's CPU kernel alone: the model has neither a body nor shapes, so that all there is reaches the kernel."""
+    if cpu_tools.library_for(request.param) is None:
+        pytest.skip(f"this machine has no {request.param}")
+
+    def run(name: str, inputs: Inputs, *, threads: int = 1, **attributes: float) -> list[Tensor]:
+        dtypes = tuple((x, None if value is None else value.dtype) for x, value in inputs.items())
+        session = _bare_session(request.param, name, dtypes, tuple(attributes.items()), threads)
+        feeds = {x: _ort_value(value) for x, value in inputs.items() if value is not None}
+        names = [output.name for output in session.get_outputs()]
+        return [_to_torch(value) for value in session.run_with_ort_values(names, feeds)]
+
+    run.isa = request.param  # type: ignore[attr-defined]
+    return cast(RunKernel, run)
+
+
 def _torch_op(name: str, inputs: tuple[Tensor | None, ...], outputs: int, attributes: dict[str, float]) -> list[Tensor]:
     torch_name = OPS[name].torch_name
-    op: Callable[..., Any] = getattr(torch.ops.glm, torch_name) if torch_name else fp8_cache_write
+    op: Callable[..., Any] = getattr(torch.ops.glm, torch_name) if torch_name else untraced.REFERENCES[name]
     before = [None if x is None else x.clone() for x in inputs]
     found = op(*inputs, *(attributes[a.name] for a in OPS[name].attributes))
     for old, new in zip(before, inputs, strict=True):
@@ -121,10 +154,10 @@ def _onnxruntime(
 def _kernel(
     isa: str, name: str, inputs: tuple[Tensor | None, ...], outputs: int, attributes: dict[str, float]
 ) -> list[Tensor]:
-    kernels = kernels_for(isa)
-    if kernels is None:
+    library = cpu_tools.library_for(isa)
+    if library is None:
         pytest.skip(f"this machine has no {isa}")
-    if name not in kernels.ops:
+    if name not in cpu_kernels(library).ops:
         pytest.skip(f"{name} has no kernel")
     session = _kernel_session(isa, name, _types(inputs), outputs, tuple(attributes.items()))
     return run_in_onnxruntime(session, name, inputs)
@@ -132,15 +165,17 @@ def _kernel(
 
 def run_in_onnxruntime(session: Any, name: str, inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
     """Runs a session of one_node_model."""
-    feeds = {}
-    for schema, x in zip(OPS[name].inputs, inputs, strict=True):
-        if x is not None:
-            # numpy has no bfloat16 nor FP8 of its own: ONNX Runtime is given the bytes and the type.
-            values = to_numpy(x)
-            bits = values.view(f"u{values.itemsize}") if values.dtype.kind not in "fi" else values
-            feeds[schema.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_DTYPES[x.dtype])
+    feeds = {s.name: _ort_value(x) for s, x in zip(OPS[name].inputs, inputs, strict=True) if x is not None}
     names = [output.name for output in session.get_outputs()]
     return [_to_torch(value) for value in session.run_with_ort_values(names, feeds)]
+
+
+def _ort_value(x: Tensor) -> Any:
+    """The tensor in its own memory, for which it has to live on."""
+    # numpy has no bfloat16 nor FP8 of its own: ONNX Runtime is given the bytes and the type.
+    values = to_numpy(x)
+    bits = values.view(f"u{values.itemsize}") if values.dtype.kind not in "fi" else values
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_DTYPES[x.dtype])
 
 
 def _onnx_reference(
@@ -172,41 +207,63 @@ def _types(inputs: tuple[Tensor | None, ...]) -> Types:
 
 @functools.cache
 def _ort_session(name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]) -> Any:
-    return _session(name, types, outputs, attributes, ort.SessionOptions())
+    return _session(one_node_model(name, types, outputs, attributes), ort.SessionOptions())
 
 
 @functools.cache
 def _kernel_session(isa: str, name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...]) -> Any:
-    with forced_cpu(isa):
-        options = ort.SessionOptions()
-        options.register_custom_ops_library(str(built_library()))
-        return _session(name, types, outputs, attributes, options)
-
-
-def _session(
-    name: str, types: Types, outputs: int, attributes: tuple[tuple[str, float], ...], options: ort.SessionOptions
-) -> Any:
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    model = one_node_model(name, types, outputs, attributes)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def built_library() -> Path:
-    """The kernels' library; there is no reason to test without it."""
-    library = cpu_library()
-    assert library is not None, "libglm_ops.so is not built: run `make kernels`, or install the package"
-    return library
+    return _session_on(isa, one_node_model(name, types, outputs, attributes))
 
 
 @functools.cache
-def kernels_for(isa: str) -> Kernels | None:
-    """The kernels when an instruction set is forced; None if the machine lacks it."""
+def _bare_session(
+    isa: str,
+    name: str,
+    dtypes: tuple[tuple[str, torch.dtype | None], ...],
+    attributes: tuple[tuple[str, float], ...],
+    threads: int,
+) -> Any:
+    op, present = OPS[name], {x: dtype for x, dtype in dtypes if dtype is not None}
+    outputs, first = [output for output in op.outputs if not output.optional], next(iter(present.values()))
+    names = [x if x in present else "" for x, _ in dtypes]
+    node = helper.make_node(name, names, [output.name for output in outputs], domain=DOMAIN, **dict(attributes))
+    graph = helper.make_graph(
+        [node],
+        name,
+        [helper.make_tensor_value_info(x, ONNX_DTYPES[dtype], None) for x, dtype in present.items()],
+        [helper.make_tensor_value_info(x.name, _onnx_dtype(x, present, first), None) for x in outputs],
+    )
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    return _session_on(isa, helper.make_model(graph, opset_imports=imports, ir_version=10), threads=threads)
+
+
+def _session_on(isa: str, model: onnx.ModelProto, *, threads: int = 1) -> Any:
     with forced_cpu(isa):
-        try:
-            return cpu_kernels(built_library())
-        except ValueError:
-            return None
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(cpu_tools.library_for(isa)))
+        options.enable_cpu_mem_arena = False  # each output ends where its memory does, for those who watch that
+        return _session(model, options, threads=threads)
+
+
+def _session(model: onnx.ModelProto, options: ort.SessionOptions, *, threads: int = 1) -> Any:
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors are raised as well
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="session")
+def build_probe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Compiles the op of probe.cpp with the library's glue, and with further flags, into a library of its own."""
+
+    def build(*flags: str) -> Path:
+        library = tmp_path_factory.mktemp("probe") / "libprobe.so"
+        sources = [*(f"plugins/cpu/{name}.cpp" for name in ("op", "isa", "library")), "tests/plugins/probe.cpp"]
+        flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *flags)
+        command = [cpu_tools.compiler(), *flags, "-I.", *sources, "-Wl,-z,nodelete", "-o", str(library)]
+        subprocess.run(command, cwd=cpu_tools.REPOSITORY, check=True)
+        return library
+
+    return build
 
 
 @functools.cache
@@ -253,12 +310,12 @@ def one_node_model(name: str, types: Types, outputs: int, attributes: tuple[tupl
         [node],
         name,
         [helper.make_tensor_value_info(n, ONNX_DTYPES[dtype], [None] * rank) for n, (dtype, rank) in present],
-        [_output(schema, present[0][1]) for schema in op.outputs[:outputs]],
+        [_output(schema, dict(present), present[0][1]) for schema in op.outputs[:outputs]],
     )
     functions = portable_functions(compute_dtype=str(compute).removeprefix("torch."), attentions=outputs == 4)
     model = helper.make_model(
         graph,
-        functions=[f for f in functions if f.name in (name, "FakeQuantizeRows")],
+        functions=_with_callees(name, {f.name: f for f in functions}),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=10,
     )
@@ -266,11 +323,25 @@ def one_node_model(name: str, types: Types, outputs: int, attributes: tuple[tupl
     return model
 
 
-def _output(schema: TensorSchema, first: tuple[torch.dtype, int]) -> onnx.ValueInfoProto:
-    # An output of the compute dtypes has that of the first input, the others have one dtype only; so it is with `...`.
-    dtype = first[0] if len(schema.dtypes) > 1 else getattr(torch, schema.dtypes[0])
+def _with_callees(name: str, functions: dict[str, onnx.FunctionProto]) -> list[onnx.FunctionProto]:
+    """A function and those that it calls, each after those that it calls itself."""
+    called = dict.fromkeys(node.op_type for node in functions[name].node if node.domain == DOMAIN)
+    found = {f.name: f for callee in called for f in _with_callees(callee, functions)}
+    return [*found.values(), functions[name]]
+
+
+def _output(
+    schema: TensorSchema, present: dict[str, tuple[torch.dtype, int]], first: tuple[torch.dtype, int]
+) -> onnx.ValueInfoProto:
     rank = first[1] if "..." in schema.shape else len(schema.shape.split(","))
-    return helper.make_tensor_value_info(schema.name, ONNX_DTYPES[dtype], [None] * rank)
+    dtypes = {name: dtype for name, (dtype, _) in present.items()}
+    return helper.make_tensor_value_info(schema.name, _onnx_dtype(schema, dtypes, first[0]), [None] * rank)
+
+
+def _onnx_dtype(schema: TensorSchema, present: dict[str, torch.dtype], first: torch.dtype) -> int:
+    """An output of the compute dtypes has that of the input it updates, or of the first; the others have one only."""
+    several = present.get(schema.in_place_of or "", first)
+    return ONNX_DTYPES[several if len(schema.dtypes) > 1 else getattr(torch, schema.dtypes[0])]
 
 
 def _to_torch(value: Any) -> Tensor:

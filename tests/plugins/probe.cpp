@@ -1,4 +1,4 @@
-// An op that tells what reaches a kernel through the library's glue, and that fails on request.
+// An op that tells what reaches a kernel through the library's glue, and that fails or misbehaves on request.
 #include <atomic>
 #include <new>
 
@@ -42,10 +42,21 @@ class Probe : public Kernel {
         reinterpret_cast<uintptr_t>(scratch) % 64 ? 0.0f : 1.0f,
         static_cast<float>(static_cast<int>(isa_)),
     };
+    misbehave(x.as<char>() + static_cast<size_t>(x.size()) * size_of(x.type()),
+              y.as<char>() + static_cast<size_t>(y.size()) * size_of(y.type()), scratch + 1000);
     std::memcpy(run.output(1, {sizeof report / sizeof report[0]}).data(), report, sizeof report);
   }
 
  private:
+  // What only a sanitizer sees. All three point behind the end of what is theirs.
+  void misbehave(volatile char* x, volatile char* y, volatile char* scratch) const {
+    if (fail_ == 6) (void)*x;
+    if (fail_ == 7) *y = 1;
+    if (fail_ == 8) *scratch = 1;
+    volatile int32_t large = INT32_MAX;
+    if (fail_ == 9) large = large + 1;
+  }
+
   int64_t whole_;
   float part_;
   int64_t fail_;

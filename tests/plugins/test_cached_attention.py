@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import cpu_tools
 import onnxruntime as ort
 import pytest
 import torch
@@ -68,6 +69,7 @@ def make(
     rotary: float = 0.5,
     theta: float = 10000.0,
     dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
 ) -> Step:
     generator = torch.Generator().manual_seed(5)
     B, S = len(write_index), max(new)
@@ -86,8 +88,8 @@ def make(
         cos=angle.cos(),
         sin=angle.sin(),
         # Everything beyond write_index is rubbish that must not be seen.
-        k_cache=random(B, J, C, A),
-        v_cache=random(B, J, C, A),
+        k_cache=random(B, J, C, A).to(cache_dtype or dtype),
+        v_cache=random(B, J, C, A).to(cache_dtype or dtype),
         write_index=index,
         length=index + torch.tensor(new),
         rotary_dim=rotary_dim,
@@ -124,13 +126,14 @@ def check(got: list[Tensor], step: Step, expect_close: ExpectClose, *, form: str
     groups = H // step.k.shape[2]
     q_scale, scale = (step.scale, 1.0) if form == "tensorrt" else (1.0, step.scale)
     q, q_error = rotated(step.q, step.cos, step.sin, dtype, factor=q_scale)
-    k, k_error = rotated(step.k, step.cos, step.sin, dtype)
+    k, k_error = rotated(step.k, step.cos, step.sin, step.k_cache.dtype)
+    v = step.v.to(step.v_cache.dtype)
     for b in range(B):
         start, new = int(step.write_index[b]), int(step.length[b] - step.write_index[b])
         keys, values = step.k_cache[b].double(), step.v_cache[b].double()
         keys_error = torch.zeros_like(keys)
         keys[:, start : start + S], keys_error[:, start : start + S] = k[b].transpose(0, 1), k_error[b].transpose(0, 1)
-        values[:, start : start + S] = step.v[b].double().transpose(0, 1)
+        values[:, start : start + S] = v[b].double().transpose(0, 1)
         expect_close(k_cache_out[b], keys, keys_error, f"row {b}: k_cache_out")
         expect_close(v_cache_out[b], values, 0.0, f"row {b}: v_cache_out")
         for s in range(new):  # beyond them the output is unspecified
@@ -201,6 +204,20 @@ def test_transformers(
     check(got, step, expect_close, form=evaluate.form)
 
 
+@DTYPES
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda x: f"cache_{x}")
+@pytest.mark.parametrize("regime", ["ragged_chunk", "real_heads", "ragged_head", "long_context", "many_tokens"])
+def test_caches_have_a_dtype_of_their_own(
+    evaluate: Evaluate, expect_close: ExpectClose, regime: str, cache_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    if evaluate.form == "tensorrt":
+        pytest.skip("an engine of TensorRT has caches in the compute dtype or in FP8")
+    step = make(**REGIMES[regime], dtype=dtype, cache_dtype=cache_dtype)  # type: ignore[arg-type]
+    got = step.run(evaluate)
+    assert [t.dtype for t in got] == [dtype, cache_dtype, cache_dtype, torch.float32]
+    check(got, step, expect_close, form=evaluate.form)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ends_of_the_largest_context(evaluate: Evaluate, expect_close: ExpectClose, dtype: torch.dtype) -> None:
     # Position 131071, and a row at the start beside it; the keys before are alike, so that the new tokens matter.
@@ -266,7 +283,7 @@ def test_later_cache_is_never_seen(evaluate: Evaluate) -> None:
     assert torch.equal(rubbish.run(evaluate)[0], whole[0])
 
 
-KERNELS = pytest.mark.parametrize("evaluate", ["kernel_scalar", "kernel_avx2"], indirect=True)
+KERNELS = pytest.mark.parametrize("evaluate", cpu_tools.EVALUATORS, indirect=True)
 
 
 @KERNELS
@@ -313,7 +330,7 @@ def _change(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Step], S
         (_change("v", lambda x: x[..., :4]), "v is"),
         (_change("cos", lambda x: x[..., :1]), "cos is"),
         (_change("sin", lambda x: x[:1]), "sin is"),
-        (_change("k_cache", lambda x: x[:, :0]), "multiple"),
+        (_change("k_cache", lambda x: x[:, :0]), "k_cache is"),
         (_change("v_cache", lambda x: x[:, :, :9]), "v_cache is"),
         (lambda step: replace(step, rotary_dim=10), "rotary_dim"),
         (lambda step: replace(step, rotary_dim=-2), "rotary_dim"),
@@ -323,6 +340,18 @@ def test_kernels_refuse(evaluate: Evaluate, change: Callable[[Step], Step], mess
     step = make(write_index=(6, 0), new=(2, 3))
     with pytest.raises(Exception, match=message):
         change(step).run(evaluate)
+
+
+@KERNELS
+@pytest.mark.parametrize("new", [1, 40])
+def test_not_a_number_stays_in_its_row(evaluate: Evaluate, new: int) -> None:
+    step = make(write_index=(6, 30), new=(new, new), H=12, C=80)
+    whole = step.run(evaluate)
+    cos = step.cos.clone()
+    cos[0, 0] = torch.nan  # of the first token's query and key: every later token sees that key
+    got = replace(step, cos=cos).run(evaluate)
+    assert got[0][0].isnan().all()
+    assert all(torch.equal(x[1], y[1]) for x, y in zip(got, whole, strict=True))
 
 
 @KERNELS

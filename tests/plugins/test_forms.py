@@ -7,13 +7,14 @@ import inspect
 import onnx
 import pytest
 import torch
+import untraced
 from onnx import defs
 from torch import Tensor
 
 from glm_export.plugins import torch_ops
 from glm_export.plugins.bodies import OPSET, portable_functions
 from glm_export.plugins.onnx_schema import onnx_schema
-from glm_export.plugins.ops import OPS
+from glm_export.plugins.ops import FUSED, OPS
 from glm_export.plugins.schema import DOMAIN, VERSION
 
 # TensorRT chooses an importer by op_type and ignores the domain.
@@ -37,11 +38,13 @@ def bodies(compute_dtype: str = "float32", *, attentions: bool = True) -> dict[s
 def test_the_table_has_the_ops_of_the_design() -> None:
     assert list(OPS) == [
         *("RMSNorm", "Linear", "FP8Linear", "CachedAttention", "SiluMul", "ResidualAdd"),
-        *("MoERouter", "MoEExperts", "FP8MoEExperts", "FP8CacheWrite"),
+        *("MoERouter", "MoEExperts", "FP8MoEExperts", "FP8CacheWrite", *FUSED),
     ]
     assert all(op.name == name for name, op in OPS.items())
-    # It takes the place of a part of CachedAttention where a target's caches are FP8.
-    assert [name for name, op in OPS.items() if op.torch_name is None] == ["FP8CacheWrite"]
+    # The first takes the place of a part of CachedAttention where a target's caches are FP8, the others that of several
+    # nodes.
+    names = [name for name, op in OPS.items() if op.torch_name is None]
+    assert names == ["FP8CacheWrite", *FUSED] == list(untraced.REFERENCES)
 
 
 @every_traced_op
@@ -61,6 +64,15 @@ def test_reference_is_the_schema(name: str) -> None:
     op = OPS[name]
     reference = inspect.unwrap(getattr(torch_ops, op.torch_name)._init_fn)
     assert reference.__module__ == f"glm_export.plugins.{_folder(name)}.reference"
+    assert list(inspect.signature(reference).parameters) == [
+        *(t.name for t in op.inputs),
+        *(a.name for a in op.attributes),
+    ]
+
+
+@pytest.mark.parametrize("name", untraced.REFERENCES)
+def test_reference_of_an_untraced_op_is_the_schema(name: str) -> None:
+    op, reference = OPS[name], untraced.REFERENCES[name]
     assert list(inspect.signature(reference).parameters) == [
         *(t.name for t in op.inputs),
         *(a.name for a in op.attributes),

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import cpu_tools
 import pytest
 import torch
 from torch import Tensor
 
-from glm_export.plugins import fp8
+from glm_export.plugins import fp8, fp8_native
 from glm_export.plugins.fp8_native import quantize_rows
-from glm_export.plugins.library import CPU_VARIABLE, cpu_library
+from glm_export.plugins.library import CPU_VARIABLE, PORTABLE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOT_FINITE = (float("nan"), -float("nan"), float("inf"), float("-inf"))
 
 
-@pytest.fixture(params=["scalar", "avx2", "portable"], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    assert cpu_library() is not None, "libglm_ops.so is not built: run `make kernels`, or install the package"
+@pytest.fixture(params=[*cpu_tools.ISAS, PORTABLE], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    library = cpu_tools.built_library() if request.param == PORTABLE else cpu_tools.library_for(request.param)
+    if library is None:
+        pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv(CPU_VARIABLE, request.param)
-    return str(request.param)
+    monkeypatch.setattr(fp8_native, "cpu_library", lambda: library)
+    fp8_native._function.cache_clear()
+    yield str(request.param)
+    fp8_native._function.cache_clear()
 
 
 def expect_equal_bits(x: Tensor) -> None:
@@ -53,6 +60,12 @@ def test_every_finite_16_bit_number(dtype: torch.dtype, width: int) -> None:
 @pytest.mark.parametrize("shape", [(300, 64), (3, 5, 7, 33), (10, 1), (1, 10000), (2, 257)], ids=str)
 def test_random_float32(shape: tuple[int, ...], scale: float) -> None:
     expect_equal_bits(random(*shape) * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_width_around_vectors_and_tiles(dtype: torch.dtype) -> None:
+    for width in (*range(1, 70), 127, 128, 129, 255, 256, 257, 288, 511, 513, 1030, 4097):
+        expect_equal_bits(random(3, width, seed=width).to(dtype))
 
 
 def test_random_bits_of_float32() -> None:

@@ -6,21 +6,24 @@ number would give wrong numbers here, or end the process.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cpu_tools
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from glm_export.plugins.library import CPU_VARIABLE, cpu_kernels, cpu_library
+from glm_export.plugins.library import CPU_VARIABLE, PORTABLE, cpu_kernels
 from glm_export.plugins.ops import OPS
 from glm_export.plugins.schema import DOMAIN, VERSION
+from glm_export.runtime import ort_session
 from glm_export.runtime.errors import UsageError
 from glm_export.runtime.open import open_session
 
@@ -29,28 +32,17 @@ if TYPE_CHECKING:
 
     from glm_export.runtime.bundle import Bundle
 
-REPOSITORY = Path(__file__).parents[2]
-ISAS = ("scalar", "avx2")
 NOT_GIVEN, FLOAT, INT64, FLOAT16, BFLOAT16, E4M3 = 0, 1, 7, 10, 16, 17
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    library = cpu_library()
-    assert library is not None, "libglm_ops.so is not built: run `make kernels`, or install the package"
-    return library
+    return cpu_tools.built_library()
 
 
 @pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("c++")
-    assert compiler, "the kernels need a C++ compiler"
-    library = tmp_path_factory.mktemp("probe") / "libprobe.so"
-    glue = [f"plugins/cpu/{name}.cpp" for name in ("op", "isa", "library")]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-I."]
-    command = [compiler, *flags, *glue, "tests/plugins/probe.cpp", "-Wl,-z,nodelete", "-o", str(library)]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
-    return library
+def probe(build_probe: Callable[..., Path]) -> Path:
+    return build_probe()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +163,19 @@ def test_input_and_output_in_one_buffer(probe: Path) -> None:
         assert target.tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_output_is_not_written_where_it_does_not_fit(probe: Path) -> None:
+    session = probe_session(probe)
+    x, target = np.arange(6, dtype=np.float32), np.zeros(6, np.float32)
+    for shape in ((5,), (7,), (2, 3)):
+        binding = session.io_binding()
+        binding.bind_input("x", "cpu", 0, FLOAT, x.shape, x.ctypes.data)
+        binding.bind_output("y", "cpu", 0, FLOAT, shape, target.ctypes.data)
+        binding.bind_output("report")
+        with pytest.raises(Exception, match=r"Probe: .*shape"):
+            session.run_with_iobinding(binding)
+        assert not target.any()
+
+
 @pytest.mark.parametrize(
     ("fail", "sentence"),
     [
@@ -202,7 +207,7 @@ def test_types_that_no_kernel_takes(probe: Path) -> None:
         ort.InferenceSession(model([node], {"x": INT64}, {"y": INT64, "report": FLOAT}), options(probe))
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", cpu_tools.ISAS)
 def test_isa_is_forced_per_session(probe: Path, library: Path, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CPU_VARIABLE, isa)
     try:
@@ -213,12 +218,12 @@ def test_isa_is_forced_per_session(probe: Path, library: Path, isa: str, monkeyp
         pytest.skip(f"this machine has no {isa}")
     session = probe_session(probe)
     monkeypatch.setenv(CPU_VARIABLE, "scalar")
-    assert run(session)[1].isa == ISAS.index(isa)
+    assert run(session)[1].isa == cpu_tools.ISAS.index(isa)
 
 
 def test_unknown_isa_is_refused(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CPU_VARIABLE, "sse")
-    with pytest.raises(Exception, match="GLM_EXPORT_CPU is 'sse': choose one of scalar, avx2, portable"):
+    with pytest.raises(Exception, match="GLM_EXPORT_CPU is 'sse': choose one of scalar, avx2, avx512, portable"):
         options(library)
     with pytest.raises(ValueError, match="'sse'"):
         cpu_kernels(library)
@@ -250,20 +255,22 @@ def test_session_uses_kernels(
     bundle_of: Callable[[str], Bundle], library: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, ids, logits = bundle_of(precision), np.arange(1, 6)[None], {}
-    for cpu in ("portable", "scalar", ""):
+    libraries = {isa: found for isa in cpu_tools.ISAS if (found := cpu_tools.library_for(isa))}
+    for cpu, chosen in {PORTABLE: library, **libraries, "": library}.items():
         monkeypatch.setenv(CPU_VARIABLE, cpu)
+        monkeypatch.setattr(ort_session, "cpu_library", functools.partial(Path, chosen))
         with open_session(bundle, batch=1) as session:
-            assert session.kernels == (None if cpu == "portable" else cpu_kernels(library))  # type: ignore[attr-defined]
+            assert session.kernels == (None if cpu == PORTABLE else cpu_kernels(chosen))  # type: ignore[attr-defined]
             logits[cpu] = session.step(ids).logits.copy()
-    scale = np.abs(logits["portable"]).max()
+    scale = np.abs(logits[PORTABLE]).max()
     # Which kernels are right is told op by op elsewhere; here only that the same model ran.
-    for cpu in ("scalar", ""):
-        assert np.abs(logits[cpu] - logits["portable"]).max() < 0.05 * scale
+    for cpu in (*libraries, ""):
+        assert np.abs(logits[cpu] - logits[PORTABLE]).max() < 0.05 * scale
 
 
 def test_session_refuses_an_unknown_isa(bundle_of: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CPU_VARIABLE, "sse")
-    with pytest.raises(UsageError, match=r"^GLM_EXPORT_CPU is 'sse': choose one of scalar, avx2, portable\.$"):
+    with pytest.raises(UsageError, match=r"^GLM_EXPORT_CPU is 'sse': choose one of scalar, avx2, avx512, portable\.$"):
         open_session(bundle_of("fp32"))
 
 
@@ -272,5 +279,5 @@ def test_library_exports_nothing_else(library: Path) -> None:
     if nm is None:
         pytest.skip("no nm")
     listing = subprocess.run([nm, "-D", "--defined-only", library], check=True, capture_output=True, text=True).stdout
-    exported = ["RegisterCustomOps", "glm_kernels", "glm_quantize_rows"]
-    assert [line.split()[-1] for line in listing.splitlines()] == exported
+    ours = ["glm_kernels", "glm_meter_multiply", "glm_meter_read", "glm_quantize_rows", "glm_work"]
+    assert [line.split()[-1] for line in listing.splitlines()] == ["RegisterCustomOps", *ours]

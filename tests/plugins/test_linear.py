@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import functools
+import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import cpu_tools
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from torch import Tensor
 from glm_export.plugins.fp8 import fake_quantize_rows
 
 if TYPE_CHECKING:
-    from conftest import Evaluate, ExpectClose
+    from conftest import Evaluate, ExpectClose, RunKernel
 
 U32 = 2.0**-24
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -126,3 +130,111 @@ def test_fp8_zero_token(evaluate: Evaluate) -> None:
     bias = torch.arange(4.0)
     (got,) = evaluate("FP8Linear", torch.zeros(2, 8), weight, torch.ones(4), bias)
     assert torch.equal(got, bias.expand(2, 4))
+
+
+# What kernels cut their work by: tokens and weight rows by tiles, the width by vectors, with a tail of each.
+COUNTS = (*range(1, 10), 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 64, 65, 200)
+ROWS = (*range(1, 10), 15, 16, 17)
+WIDTHS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1030, 4097)
+FP8 = torch.float8_e4m3fn
+WEIGHTS = pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16, FP8], ids=str)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """Operands, and what their product [T, O] may be: any tokens and rows of it are a product as well."""
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    want: Tensor
+    bound: Tensor
+
+    def check(self, kernel: RunKernel, expect_close: ExpectClose, count: int, rows: int) -> None:
+        inputs = {"x": self.x[:count], "weight": self.weight[:rows]}
+        op = "FP8Linear" if self.weight.dtype == FP8 else "Linear"
+        (got,) = kernel(op, inputs | ({"weight_scale": self.scale[:rows]} if op == "FP8Linear" else {}))
+        where = (slice(count), slice(rows))
+        expect_close(got, self.want[where], self.bound[where], f"{count} tokens, {rows} rows, {self.x.shape[1]} wide")
+
+
+@functools.cache
+def product(dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int, rows: int, width: int) -> Product:
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(tokens, width, generator=generator).to(dtype)
+    weight = torch.randn(rows, width, generator=generator) * (100 if weight_dtype == FP8 else 1)
+    weight, scale = weight.to(weight_dtype), torch.rand(rows, generator=generator) * 0.01 + 1e-3
+    if weight_dtype == FP8:
+        want, bound = exact(e4m3_rows(x), weight.double() * scale.double()[:, None], None, dtype, 2)
+    else:
+        want, bound = exact(x, weight, None, dtype, 0)
+    return Product(x=x, weight=weight, scale=scale, want=want, bound=bound)
+
+
+@DTYPES
+@WEIGHTS
+def test_tile_borders(
+    kernel: RunKernel, expect_close: ExpectClose, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    whole = product(dtype, weight_dtype, max(COUNTS), max(ROWS), 67)
+    for count, rows in itertools.product(COUNTS, ROWS):
+        whole.check(kernel, expect_close, count, rows)
+
+
+@DTYPES
+@WEIGHTS
+def test_vector_borders(
+    kernel: RunKernel, expect_close: ExpectClose, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    for width in WIDTHS:
+        whole = product(dtype, weight_dtype, 50, 6, width)
+        for count in (1, 3, 8, 9, 50):
+            whole.check(kernel, expect_close, count, 6)
+
+
+KERNELS = pytest.mark.parametrize("evaluate", cpu_tools.EVALUATORS, indirect=True)
+
+
+# Around the sizes in which kernels cut vectors, blocks of the width, and rows of weights.
+@KERNELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "weight_dtype",
+    [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn],
+    ids=["f32", "bf16", "f16", "e4m3"],
+)
+@pytest.mark.parametrize(
+    ("inner", "outer"), [(1, 8), (33, 7), (64, 3), (129, 17), (255, 1), (1030, 20), (2112, 9)], ids=str
+)
+def test_kernels_of_any_size(
+    evaluate: Evaluate, dtype: torch.dtype, weight_dtype: torch.dtype, inner: int, outer: int
+) -> None:
+    # Small whole numbers: all sums are exact in any order, so every result is the only right one.
+    generator = torch.Generator().manual_seed(inner)
+    fp8 = weight_dtype == torch.float8_e4m3fn
+    weight = torch.randint(-8, 9, (outer, inner), generator=generator).to(weight_dtype)
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33, 48, 64, 65, 100):
+        x = torch.randint(-8, 9, (tokens, inner), generator=generator).to(dtype)
+        if fp8:
+            x[:, 0] = 448  # makes the token's scale 1
+            (got,) = evaluate("FP8Linear", x, weight, torch.ones(outer), None)
+        else:
+            (got,) = evaluate("Linear", x, weight, None)
+        want = (x.double() @ weight.double().T).to(dtype)
+        assert torch.equal(got, want), (tokens, (got != want).nonzero()[0].tolist())
+
+
+@KERNELS
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_kernels_know_every_e4m3_number(evaluate: Evaluate, tokens: int) -> None:
+    # Each token chooses one number of every row, and has a scale of 1 by the first column.
+    values = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
+    values = values[values.float().isfinite()]
+    weight = values.view(torch.uint8)[:, None].repeat(1, 100).view(torch.float8_e4m3fn)
+    weight.view(torch.uint8)[:, 0] = 0
+    x = torch.zeros(tokens, 100)
+    x[:, 0] = 448
+    x[torch.arange(tokens), 1 + 5 * torch.arange(tokens) % 99] = 1
+    (got,) = evaluate("FP8Linear", x, weight, torch.ones(len(values)), None)
+    assert len(values) == 254
+    assert torch.equal(got, values.float().expand(tokens, -1))

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import cpu_tools
 import cuda_tools
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_transformers(E: int, a: Attributes, bias: str) -> None:
 
 # The ONNX reference evaluator's GatherElements takes at most 63 experts.
 many_experts = pytest.mark.parametrize(
-    "evaluate", ["reference", "onnxruntime", "kernel_scalar", "kernel_avx2", *MORE_EVALUATORS], indirect=True
+    "evaluate", ["reference", "onnxruntime", *cpu_tools.EVALUATORS, *MORE_EVALUATORS], indirect=True
 )
 biases = pytest.mark.parametrize("bias", BIASES)
 one_or_more = pytest.mark.parametrize("tokens", [1, 50], ids=["one_token", "tokens"])
@@ -169,10 +170,12 @@ def test_brute_force_many_experts(evaluate: Evaluate, E: int, a: Attributes, bia
     check(evaluate("MoERouter", logits, correction, **asdict(a)), logits, correction, a)
 
 
-@pytest.mark.parametrize("evaluate", ["reference", *MORE_EVALUATORS], indirect=True)
+@pytest.mark.parametrize("evaluate", ["reference", "kernel_scalar", *MORE_EVALUATORS], indirect=True)
 @pytest.mark.parametrize(
     ("E", "a"),
     [
+        (1, Attributes(top_k=1)),
+        (7, Attributes(top_k=7, n_group=7, topk_group=7)),
         (64, Attributes(top_k=32)),
         (100, Attributes(top_k=7, n_group=25, topk_group=5)),
         (256, Attributes(top_k=8, n_group=8, topk_group=4, routed_scaling_factor=2.5)),
@@ -186,7 +189,7 @@ def test_other_models(evaluate: Evaluate, E: int, a: Attributes) -> None:
     check(evaluate("MoERouter", logits, correction, **asdict(a)), logits, correction, a)
 
 
-@pytest.mark.parametrize("evaluate", ["reference", "kernel_scalar", "kernel_avx2", *MORE_EVALUATORS], indirect=True)
+@pytest.mark.parametrize("evaluate", ["reference", *cpu_tools.EVALUATORS, *MORE_EVALUATORS], indirect=True)
 def test_fewer_experts_than_wanted_in_the_groups(evaluate: Evaluate) -> None:
     # Masked experts are all the same, so the lowest ids come next.
     a = Attributes(top_k=4, n_group=4, topk_group=1, norm_topk_prob=0)

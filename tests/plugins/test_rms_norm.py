@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from conftest import Evaluate, ExpectClose
+    from conftest import Evaluate, ExpectClose, RunKernel
 
 U32 = 2.0**-24
 EPSILON = 1e-5
@@ -50,3 +50,13 @@ def test_zero_row_stays_zero(evaluate: Evaluate) -> None:
 def test_weight_is_used_as_it_is(evaluate: Evaluate) -> None:
     (got,) = evaluate("RMSNorm", torch.ones(1, 8), torch.zeros(8), epsilon=EPSILON)
     assert got.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_any_width(kernel: RunKernel, expect_close: ExpectClose, dtype: torch.dtype) -> None:
+    for D in (*range(1, 18), 31, 32, 33, 255, 256, 257, 511, 512, 513, 1030, 5120):
+        generator = torch.Generator().manual_seed(D)
+        x = torch.randn(7, D, generator=generator).to(dtype)
+        weight = torch.randn(D, generator=generator)
+        (got,) = kernel("RMSNorm", {"x": x, "weight": weight}, epsilon=EPSILON)
+        expect_close(got, *exact(x, weight), f"width {D}")

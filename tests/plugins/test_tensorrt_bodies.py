@@ -7,7 +7,7 @@ import pytest
 from onnx import defs
 
 from glm_export.plugins.bodies import OPSET, TENSORRT_DOMAIN, Experts, tensorrt_functions
-from glm_export.plugins.ops import OPS, TENSORRT_PLUGINS
+from glm_export.plugins.ops import FUSED, OPS, TENSORRT_PLUGINS
 from glm_export.plugins.schema import DOMAIN
 
 PLAIN = {"RMSNorm", "Linear", "FP8Linear", "CachedAttention", "SiluMul", "ResidualAdd"}
@@ -39,7 +39,7 @@ def test_every_op_is_a_body_or_a_plugin(experts: Experts, moe: set[str], fp8_cac
     found = bodies(experts, compute_dtype=compute_dtype, fp8_cache=fp8_cache)
     names = {name for name, _ in found} - {HELPER}
     assert names == PLAIN | moe
-    assert set(OPS) - names <= set(TENSORRT_PLUGINS)
+    assert set(OPS) - names <= {*TENSORRT_PLUGINS, *FUSED}
     overloads = {("Linear", "bias"), ("Linear", "widened"), ("FP8Linear", "bias")}
     assert {key for key in found if key[1]} == overloads
 

@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.util
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def test_cache_is_updated_in_place(
         io.bind_output("k_cache_out.0", "cpu", 0, kind, keys.shape, apart.ctypes.data)
         session._ort.run_with_iobinding(io)
         assert "TensorScatter: in-place optimization not activated" in capfd.readouterr().err
+
+
+def test_the_engine_takes_part_of_a_step(toy_bundle: ToyBundle) -> None:
+    with open_session(toy_bundle()) as session:
+        assert session.engine_seconds is None
+        for new in (7, 1):
+            started = time.perf_counter()
+            session.step(np.ones((session.batch, new), np.int64))
+            took = time.perf_counter() - started
+            assert session.engine_seconds is not None
+            assert 0 < session.engine_seconds < took
 
 
 def test_bindings_are_kept_for_decoding_and_one_other_size(toy_bundle: ToyBundle) -> None:

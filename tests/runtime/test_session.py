@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from glm_export.runtime.errors import (
 )
 from glm_export.runtime.generate import decode_step, prefill
 from glm_export.runtime.open import open_session
+from glm_export.runtime.session import all_finite
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-4, "bf16": 1e-4}  # the oracle rounds its cache to the same dtype
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [60], [3, 1, 4]]
@@ -81,6 +83,20 @@ def test_embeddings_instead_of_ids(open_toy: OpenToy) -> None:
             with pytest.raises(InputError, match="not a finite number"):
                 session.step(np.full_like(embeds, np.nan))
             assert session.length.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(bad: float) -> None:
+    largest = float(np.finfo(np.float32).max)
+    for size in (1, 2, 7, 8, 9, 31, 64, 100):
+        logits = np.resize(np.array([1.0, -largest, 0.0, largest, -1e-45], np.float32), (2, size))
+        assert all_finite(logits)
+        for position in range(2 * size):
+            changed = logits.copy()
+            changed.flat[position] = bad
+            assert not all_finite(changed)
+            changed.flat[-1 - position] = math.inf  # nor does one hide another
+            assert not all_finite(changed)
 
 
 def test_a_quiet_library_prints_nothing(open_toy: OpenToy, capfd: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +217,7 @@ def test_nonfinite_logits_are_refused_and_do_not_spread(
         ({"capacity": 65}, UsageError, r"must be 1\.\.64, the number of positions"),
         ({"threads": 0}, UsageError, "threads is 0"),
         ({"device": "tpu"}, UsageError, "no device 'tpu': choose one of cpu, cuda"),
+        ({"cache_dtype": "int8"}, UsageError, "no cache dtype 'int8': choose one of float32, bfloat16"),
         ({"target": "onnxruntme"}, UsageError, "did you mean 'onnxruntime'"),
         ({"target": "xyz"}, UsageError, "choose one of onnxruntime"),
         ({"batch": 1 << 40}, UsageError, r"must be 1\.\.65536"),

@@ -249,6 +249,10 @@ def refused(bundle: Bundle, target: str, error: type[Exception], message: str, *
         ({"batch": 5}, "batch is 5, but the .* engine was built for at most 4: use fewer rows, .* --max-batch 5`"),
         ({"batch": 0}, "batch is 0"),
         ({"threads": 2}, "threads is 2, but .* runs on the GPU"),
+        (
+            {"cache_dtype": "bfloat16"},
+            "cache_dtype is bfloat16, but the .* was built for KV caches in float32: leave it",
+        ),
         ({"device": "cpu"}, "There is no device 'cpu' for .*: its engines run on cuda"),
     ],
 )

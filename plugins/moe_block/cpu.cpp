@@ -1,0 +1,100 @@
+// All of a MoE layer's feed-forward part in one node: the router's product, the choice of experts, the experts with the
+// shared one beside them, and their sum. Every value is rounded where the ops it stands for round it.
+#include <vector>
+
+#include "plugins/cpu/rows.h"
+#include "plugins/linear/linear.h"
+#include "plugins/moe_experts/experts.h"
+#include "plugins/moe_router/attributes.h"
+
+namespace glm {
+namespace {
+
+// MoEBlock (with_scale false) and FP8MoEBlock.
+template <bool with_scale>
+class MoEBlockKernel : public Kernel {
+ public:
+  explicit MoEBlockKernel(const Node& node) : attributes_(node), gemm_(gemm(isa())) {}
+
+  void compute(Run& run) const override {
+    const Tensor x = run.input(0), router = run.input(1), bias = run.input(2);
+    size_t next = 3;
+    const auto weight = [&](const Dims& dims) {
+      const Tensor w = run.input(next++);
+      w.expect(dims);
+      return w;
+    };
+    const auto scale = [&](const Dims& dims) -> const float* {
+      return with_scale ? weight(dims).template as<const float>() : nullptr;
+    };
+    router.expect({kPositive, kPositive});
+    const int64_t E = router.dim(0), D = router.dim(1), K = attributes_.top_k();
+    x.expect_rows_of(D);
+    bias.expect({E});
+    const Tensor gate_up = weight({E, kPositive, D});
+    const int64_t F = gate_up.dim(1) / 2;
+    gate_up.expect({E, 2 * F, D});
+    const float* gate_up_scale = scale({E, 2 * F});
+    const Tensor down = weight({E, D, F});
+    const float* down_scale = scale({E, D});
+    const Tensor shared_gate = weight({kPositive, D});
+    const int64_t shared_F = shared_gate.dim(0);
+    const float* shared_gate_scale = scale({shared_F});
+    const Tensor shared_up = weight({shared_F, D});
+    const float* shared_up_scale = scale({shared_F});
+    const Tensor shared_down = weight({D, shared_F});
+    const float* shared_down_scale = scale({D});
+    const Tensor y = run.output(0, x.shape());
+    const int64_t T = x.rows();
+    if (T == 0) return;
+
+    const auto size = [](int64_t n) { return static_cast<size_t>(n); };
+    std::vector<float> wide(x.type() == Type::f32 ? 0 : size(T * D)), logits(size(T * E)), weights(size(T * K));
+    std::vector<int32_t> ids(size(T * K));
+    const float* values = load_f32(x.type(), x.data(), 0, size(T * D), wide.data());
+    const LinearPart product = {router.data(), nullptr, nullptr, size(E), logits.data()};
+    linear({Type::f32, values, Type::f32, size(T), size(D), &product, 1}, gemm_, run.parallel());
+    route(attributes_.arguments(logits.data(), bias.as<const float>(), T, E, ids.data(), weights.data()),
+          run.parallel());
+    const SharedExpert shared = {size(shared_F),  shared_gate.data(), shared_gate_scale, shared_up.data(),
+                                 shared_up_scale, shared_down.data(), shared_down_scale};
+    work().experts +=
+        experts({x.type(), x.data(), ids.data(), weights.data(), gate_up.type(), gate_up.data(), gate_up_scale,
+                 down.data(), down_scale, size(T), size(K), size(E), size(D), size(F), y.data(), &shared},
+                gemm_, run.parallel());
+  }
+
+ private:
+  RouterAttributes attributes_;
+  const Gemm& gemm_;
+};
+
+const Register<MoEBlockKernel<false>> kMoEBlock{"MoEBlock",
+                                                {{"x", kCompute},
+                                                 {"router_weight", kF32},
+                                                 {"correction_bias", kF32},
+                                                 {"gate_up", kCompute, "x"},
+                                                 {"down", kCompute, "x"},
+                                                 {"shared_gate", kCompute, "x"},
+                                                 {"shared_up", kCompute, "x"},
+                                                 {"shared_down", kCompute, "x"}},
+                                                {{"y", kCompute, "x"}}};
+
+const Register<MoEBlockKernel<true>> kFp8MoEBlock{"FP8MoEBlock",
+                                                  {{"x", kCompute},
+                                                   {"router_weight", kF32},
+                                                   {"correction_bias", kF32},
+                                                   {"gate_up", kE4m3},
+                                                   {"gate_up_scale", kF32},
+                                                   {"down", kE4m3},
+                                                   {"down_scale", kF32},
+                                                   {"shared_gate", kE4m3},
+                                                   {"shared_gate_scale", kF32},
+                                                   {"shared_up", kE4m3},
+                                                   {"shared_up_scale", kF32},
+                                                   {"shared_down", kE4m3},
+                                                   {"shared_down_scale", kF32}},
+                                                  {{"y", kCompute, "x"}}};
+
+}  // namespace
+}  // namespace glm

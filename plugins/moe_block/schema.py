@@ -1,0 +1,48 @@
+from glm_export.plugins.moe_experts.schema import FP8_MOE_EXPERTS, MOE_EXPERTS
+from glm_export.plugins.moe_router.schema import MOE_ROUTER
+from glm_export.plugins.schema import COMPUTE, FLOAT32, FP8, OpSchema, Tensor
+
+_ROUTING = (
+    Tensor(name="x", shape="B,S,D", dtypes=COMPUTE, meaning="activations, normed"),
+    Tensor(name="router_weight", shape="E,D", dtypes=FLOAT32, meaning="one row per expert"),
+    MOE_ROUTER.inputs[1],
+)
+_Y = Tensor(name="y", shape="B,S,D", dtypes=COMPUTE, meaning="routed plus shared experts, in the dtype of x")
+
+
+def _shared(name: str, rows: str, columns: str, dtypes: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """A weight of the shared expert, N wide, without bias, as Linear or FP8Linear has it."""
+    scale = Tensor(name=f"{name}_scale", shape=rows, dtypes=FLOAT32, meaning="scale of each row")
+    return (
+        Tensor(name=name, shape=f"{rows},{columns}", dtypes=dtypes, meaning="shared expert: one row per output"),
+        *([scale] if dtypes == FP8 else []),
+    )
+
+
+def _inputs(experts: OpSchema, dtypes: tuple[str, ...]) -> tuple[Tensor, ...]:
+    return (
+        *_ROUTING,
+        *experts.inputs[3:],
+        *_shared("shared_gate", "N", "D", dtypes),
+        *_shared("shared_up", "N", "D", dtypes),
+        *_shared("shared_down", "D", "N", dtypes),
+    )
+
+
+MOE_BLOCK = OpSchema(
+    name="MoEBlock",
+    torch_name=None,
+    inputs=_inputs(MOE_EXPERTS, COMPUTE),
+    outputs=(_Y,),
+    attributes=MOE_ROUTER.attributes,
+    doc="y = MoEExperts(x, MoERouter(Linear(x as float32))) + the shared expert's Linear(SiluMul(Linear, Linear)).",
+)
+
+FP8_MOE_BLOCK = OpSchema(
+    name="FP8MoEBlock",
+    torch_name=None,
+    inputs=_inputs(FP8_MOE_EXPERTS, FP8),
+    outputs=(_Y,),
+    attributes=MOE_ROUTER.attributes,
+    doc="MoEBlock with FP8MoEExperts and FP8Linear; the router stays float32.",
+)
