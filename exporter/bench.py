@@ -147,7 +147,7 @@ def bench(
         )
         machine, bandwidths = None, None
         if on_cpu and cpu_library():
-            machine = Machine(threads=threads, bf16=bundle.manifest.precision in ("bf16", "fp8"))
+            machine = Machine(threads=threads, bf16=bundle.manifest.contract.compute_dtype == "bfloat16")
             bandwidths = machine.survey(_largest_weight_file(bundle))
         measurements = [
             *_prefills(rows, plan, machine, reporter),

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from glm_export.exporter.gpus import GPUS, gpus_needed
+from glm_export.exporter.layout import QUANTIZED
 from glm_export.exporter.pipeline import WAITING
 from glm_export.exporter.plan import BuildPlan
+from glm_export.exporter.precision import compute_dtype
 from glm_export.exporter.rates import Rates, measure
 from glm_export.exporter.staging import bytes_left
 from glm_export.exporter.storage import Block
@@ -165,7 +167,8 @@ def _conversion_bytes(plan: BuildPlan, threads: int) -> int:
 
 def _block_bytes(block: Block, plan: BuildPlan) -> int:
     """What a block takes while it is converted: what is read, what is stored, and float32 numbers in between."""
-    stored = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}[plan.recipe.precision]
+    precision = plan.recipe.precision
+    stored = 1 if precision in QUANTIZED else compute_dtype(precision).itemsize
     again = 12 if block.piece.scheme and not block.piece.row_scaled else 0
     return block.source_bytes + (stored + again) * block.elements
 

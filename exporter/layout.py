@@ -16,6 +16,9 @@ from glm_export.exporter.config import Glm4MoeConfig
 
 Kind = Literal["embedding", "lm_head", "norm", "bias", "router", "router_bias", "linear", "experts"]
 
+QUANTIZED: dict[str, tuple[Kind, ...]] = {"fp8": ("linear", "experts"), "fp8-head": ("linear", "experts", "lm_head")}
+"""Precision -> the kinds of parameters that it stores as E4M3 with one float32 scale per output channel."""
+
 LAYER_PREFIX = "model.layers."
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -2,7 +2,8 @@
 
 It is slow and exact: the arithmetic is in the `glm` ops (float32 inside, one rounding per op), so what is traced is
 what is tested. Parameters carry the Hugging Face names, with the experts of a layer packed into one tensor. Precision
-is a matter of dtypes alone: fp32, bf16, fp16, or fp8 (E4M3 weights with row scales, activations quantized per token).
+is a matter of dtypes alone: fp32, bf16, fp16, fp8 (E4M3 weights with row scales, activations quantized per token), or
+fp8-head (the head so, too).
 
 Letters: B batch, S new tokens, C cache capacity, T = B*S tokens, D hidden, H query heads, J key/value heads, A head
 size, R = rotary_dim / 2, F expert width, E experts, K chosen, V vocabulary.

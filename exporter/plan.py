@@ -17,7 +17,7 @@ from typing import Any
 
 from glm_export.exporter.config import Glm4MoeConfig, contract
 from glm_export.exporter.journal import Key
-from glm_export.exporter.layout import TIED, Parameter, groups
+from glm_export.exporter.layout import QUANTIZED, TIED, Parameter, groups
 from glm_export.exporter.recipe import Recipe, check_model
 from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.source.companions import companions
@@ -25,6 +25,7 @@ from glm_export.exporter.storage import Block, blocks, stored_tensors
 from glm_export.exporter.weight_file import FOLDER, Location, WeightFile, all_locations
 from glm_export.runtime.bundle import MODEL_NAME
 from glm_export.runtime.contract import Contract
+from glm_export.runtime.errors import UsageError
 
 _LIBRARIES = ("glm-export", "torch", "onnx", "onnx-ir", "onnxscript", "numpy", "ml-dtypes")
 
@@ -72,11 +73,17 @@ class BuildPlan:
             recipe: all choices.
 
         Raises:
+            UsageError: the precision is for a head of its own, and the model's is the embedding.
             InputError: the checkpoint does not fit the recipe, or as `companions`.
         """
         checkpoint = source if isinstance(source, Checkpoint) else None
         config = source.config if isinstance(source, Checkpoint) else source
         check_model(recipe, config)
+        if config.tie_word_embeddings and "lm_head" in QUANTIZED.get(recipe.precision, ()):
+            raise UsageError(
+                f"precision {recipe.precision} quantizes lm_head, which this model shares with its embedding "
+                "(tie_word_embeddings): use fp8."
+            )
         bindings = contract(
             config,
             precision=recipe.precision,

@@ -8,15 +8,15 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from glm_export.exporter.layout import QUANTIZED
 from glm_export.exporter.page_cache import forget, too_large_to_stay
 from glm_export.exporter.pipeline import WAITING, in_order
 from glm_export.exporter.plan import BuildPlan
-from glm_export.exporter.precision import QUANTIZED
 from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.storage import Block, Converted, convert
 from glm_export.exporter.weight_file import as_bytes
@@ -65,7 +65,7 @@ def measure(plan: BuildPlan, folder: Path, threads: int) -> Rates:
         checkpoint.read_numbers(block.piece, block.first, block.last)
         read += block.source_bytes
     read_rate = read / (time.perf_counter() - started)
-    rate = _quantize_rate(checkpoint, every) if precision == "fp8" else None
+    rate = _quantize_rate(checkpoint, every, QUANTIZED[precision]) if precision in QUANTIZED else None
 
     drop = too_large_to_stay(plan)
 
@@ -114,8 +114,8 @@ def _slower() -> float:
     return (time.perf_counter() - started) / (10 * _UNIT_S)
 
 
-def _quantize_rate(checkpoint: Checkpoint, every: list[Block]) -> float | None:
-    block = max(every, key=lambda block: (block.parameter.kind in QUANTIZED, block.source_bytes))
+def _quantize_rate(checkpoint: Checkpoint, every: list[Block], kinds: Collection[str]) -> float | None:
+    block = max(every, key=lambda block: (block.parameter.kind in kinds, block.source_bytes))
     source = checkpoint.read_numbers(block.piece, block.first, block.last)
     started, done = time.perf_counter(), 0
     while time.perf_counter() - started < _QUANTIZE_S:

@@ -32,7 +32,13 @@ from typing import Literal
 Dim = int | str
 LogitsMode = Literal["last", "all"]
 
-COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
+COMPUTE_DTYPES = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp8": "bfloat16",
+    "fp8-head": "bfloat16",
+}
 """Precision of a bundle -> dtype of its activations, and of its KV cache unless a session asks for another."""
 
 CACHE_DTYPES = ("float32", "bfloat16")

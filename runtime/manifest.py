@@ -37,7 +37,7 @@ class Manifest:
 
     name: str
     precision: str
-    """fp32, bf16, fp16 or fp8."""
+    """A key of contract.COMPUTE_DTYPES."""
     contract: Contract
     recipe: Mapping[str, Any]
     """All choices of the build, as resolved."""

@@ -4,7 +4,8 @@ Each `k_cache.{i}` and its `k_cache_out.{i}` are bound to one address, so Tensor
 nothing. Bindings and buffers are made once per S; a decode step only fills in its tokens and runs.
 
 On a CPU, ops of the `glm` domain run as our kernels: ONNX Runtime takes a registered kernel in preference to the
-function body of the same name. `GLM_EXPORT_CPU` forces an instruction set, or leaves the kernels out (`portable`).
+function body of the same name. `GLM_EXPORT_CPU` forces an instruction set, or leaves the kernels out (`portable`). For
+the kernels the graph is opened with what belongs together fused (plugins/fusion.py); no number changes by that.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from glm_export.exporter.config import Glm4MoeConfig, parse_json
-from glm_export.exporter.layout import Parameter, layer_index, parameters
-from glm_export.exporter.precision import QUANTIZED
+from glm_export.exporter.layout import QUANTIZED, Parameter, layer_index, parameters
 from glm_export.exporter.source.inventory import (
     FP8,
     complete_mtp,
@@ -270,7 +269,7 @@ class Checkpoint:
             piece = self.pieces(parameter)[0]
             if piece.scheme:
                 activations.add(piece.scheme.activations)
-            if precision != "fp8" or parameter.kind not in QUANTIZED:
+            if parameter.kind not in QUANTIZED.get(precision, ()):
                 counts["dequantized once"] += piece.scheme is not None
             elif piece.row_scaled:
                 counts[f"carried over bit for bit ({piece.scheme})"] += 1
@@ -280,7 +279,7 @@ class Checkpoint:
                 counts["not quantized in the checkpoint, quantized here"] += 1
         how = "; ".join(f"{count} {what}" for what, count in counts.items() if count)
         found.append(f"FP8 weights ({self.quantization.method}): {how}.")
-        if precision == "fp8" and activations != {PER_TOKEN}:
+        if precision in QUANTIZED and activations != {PER_TOKEN}:
             seen = ", ".join(sorted(activations)) or "nowhere"
             found.append(f"The checkpoint is made for activations quantized {seen}; here they are {PER_TOKEN}.")
         if unused := sum(is_unused(name, self.quantization) for name in self._tensors):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 
+from glm_export.exporter.layout import QUANTIZED
 from glm_export.exporter.recipe import Engine
 from glm_export.exporter.tensorrt.network import external_data
 from glm_export.runtime import cuda
@@ -73,8 +74,9 @@ def _check_capability(capability: str, precision: str, engine: Engine, here: cud
     which = f"{here.name} has compute capability {capability}" if here else f"compute capability {capability} is asked"
     if _number(capability) < _number(_OLDEST):
         raise BackendError(f"{which}, the kernels of router and experts need {_OLDEST}: use the target onnxruntime.")
-    if "fp8" in (precision, engine.cache_dtype) and _number(capability) < _number(_OLDEST_FP8):
-        other = "a bf16 bundle" if precision == "fp8" else "cache_dtype compute"
+    fp8 = precision in QUANTIZED
+    if (fp8 or engine.cache_dtype == "fp8") and _number(capability) < _number(_OLDEST_FP8):
+        other = "a bf16 bundle" if fp8 else "cache_dtype compute"
         raise BackendError(f"{which}, FP8 needs {_OLDEST_FP8} or more: use {other}, or another GPU.")
 
 

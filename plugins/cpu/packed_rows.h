@@ -27,8 +27,8 @@ inline size_t weight_rows_per_task(size_t rows, size_t row_bytes, size_t activat
   return std::min(rows, ceil(wanted, 8) * 8);
 }
 
-// Calls in `count` numbers that are needed after a product: scales and biases lie apart from the weights, and to wait for
-// them there costs as much as some weight rows.
+// Calls in `count` numbers that are needed after a product: scales and biases lie apart from the weights, and to wait
+// for them there costs as much as some weight rows.
 __attribute__((always_inline)) inline void prefetch(const float* x, size_t count) {
   if (!x) return;
   for (size_t i = 0; i < count; i += 64 / sizeof(float)) __builtin_prefetch(x + i);

@@ -16,6 +16,7 @@ from glm_export.exporter import build as build_module
 from glm_export.exporter import staging as staging_module
 from glm_export.exporter.build import build
 from glm_export.exporter.layout import parameters
+from glm_export.exporter.plan import BuildPlan
 from glm_export.exporter.progress import Reporter
 from glm_export.exporter.random_checkpoint import write_random_checkpoint
 from glm_export.exporter.recipe import load_recipe
@@ -419,6 +420,27 @@ def test_tied_embeddings_share_their_bytes_and_run(tiny_recipe, tmp_path):
     assert places["lm_head.weight"] == places["model.embed_tokens.weight"]
     with open_session(Bundle.open(tmp_path / "bundle", check="full")) as session:
         assert len(generate(session, [[1, 2, 3]], max_new_tokens=4, stop_ids=())[0].tokens) == 4
+
+
+def test_a_head_that_is_the_embedding_can_not_be_fp8(tiny_recipe):
+    config = dataclasses.replace(tiny_recipe.model, tie_word_embeddings=True)
+    recipe = dataclasses.replace(tiny_recipe, model=None, precision="fp8-head")
+    with pytest.raises(UsageError, match=r"which this model shares with its embedding .*: use fp8"):
+        BuildPlan.of(config, recipe)
+
+
+def test_an_fp8_head_takes_a_byte_per_weight(tiny_checkpoint):
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    plain, quantized = (
+        BuildPlan.of(checkpoint, load_recipe("tiny", {"precision": precision})).locations()
+        for precision in ("fp8", "fp8-head")
+    )
+    V, D = checkpoint.config.vocab_size, checkpoint.config.hidden_size
+    assert plain["lm_head.weight"].length == 2 * V * D
+    assert quantized["lm_head.weight"].length == V * D
+    assert quantized["lm_head.weight_scale"].length == 4 * V
+    assert quantized.keys() - plain.keys() == {"lm_head.weight_scale"}
+    assert all(quantized[name].length == plain[name].length for name in plain if name != "lm_head.weight")
 
 
 def test_a_cut_checkpoint_is_the_first_layers(tiny_checkpoint, tmp_path, bundle_of):

@@ -28,7 +28,7 @@ def onnx_evaluator(bundle, batch):
     return OnnxEvaluator(onnx.load(bundle.model_path), bundle.manifest.contract, batch=batch, capacity=CAPACITY)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "fp8-head"])
 def test_evaluators_agree_on_ragged_prefill_and_decode(bundle_of, precision):
     bundle = bundle_of(precision)
     prompts = [[5, 17, 300, 44, 2], [101], [7, 8, 9]]
@@ -134,7 +134,7 @@ def test_greedy_tokens_of_the_onnx_evaluator(bundle_of):
     assert list(engine.tokens) == tokens
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "fp8-head"])
 def test_the_cache_is_updated_in_place(bundle_of, precision):
     """The session's own memory, where the step was told to read the cache, holds the new keys after it."""
     with open_session(bundle_of(precision), batch=2, capacity=32) as session:

@@ -114,6 +114,8 @@ def test_half_an_mtp_layer_is_not_passed_on(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     assert "already exists" in refused(2, "checkpoint", checkpoint(), "-o", checkpoint())
     assert "was built without weights" in refused(3, "checkpoint", _graph(tmp_path), "-o", tmp_path / "a")
+    message = refused(2, "checkpoint", bundle("fp8-head"), "-o", tmp_path / "c")
+    assert "has its lm_head in bf16: start from the original checkpoint" in message
     damaged = copied(bundle("fp8"), tmp_path / "damaged")
     path = damaged / "weights" / "head.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

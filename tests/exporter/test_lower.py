@@ -38,7 +38,7 @@ BATCH = 4
 COUNTS = np.array([[3, 1, 3, 2], [2, 0, 0, 3], [1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 1]])
 TOKENS_BN = np.random.default_rng(0).integers(0, 512, (BATCH, COUNTS.sum(0).max()))
 
-every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "fp8-head"])
 
 
 def lowered(bundle, **choices):
@@ -275,7 +275,7 @@ def test_nodes_and_bindings(bundle_of, precision):
             assert value.type.tensor_type.elem_type == want
 
     plugins = [node for node in found.graph.node if node.domain == DOMAIN]
-    experts = "FP8MoEExperts" if precision == "fp8" else "MoEExperts"
+    experts = "FP8MoEExperts" if precision.startswith("fp8") else "MoEExperts"
     assert Counter(node.op_type for node in plugins) == {
         **{"MoERouter": MOE_LAYERS, experts: MOE_LAYERS, "FP8CacheWrite": 2 * LAYERS}
     }

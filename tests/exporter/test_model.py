@@ -458,16 +458,16 @@ def test_fp8_is_float32_with_rounded_rows() -> None:
     assert difference.square().mean().sqrt() < 0.1 * drift.square().mean().sqrt()
 
 
-def test_fp8_projections_round_what_they_read() -> None:
-    ours = ours_of(transformers_model(TYPICAL), "fp8")
+@pytest.mark.parametrize("precision", ["fp8", "fp8-head"])
+def test_fp8_projections_round_what_they_read(precision: str) -> None:
+    ours = ours_of(transformers_model(TYPICAL), precision)
     seen: list[str] = []
 
     def check(name: str, module: Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append(name)
         x, weight = inputs[0].float(), module.weight.float()
-        if name == "lm_head":
-            assert not module.fp8
-        else:
+        assert module.fp8 == (name != "lm_head" or precision == "fp8-head")
+        if module.fp8:
             x, weight = rounded_rows(x), weight * module.weight_scale[:, None]
         want, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
         if module.bias is not None:

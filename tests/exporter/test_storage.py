@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from glm_export.exporter.layout import Parameter, parameters
-from glm_export.exporter.precision import HIGH_PRECISION, QUANTIZED, storage_dtype
+from glm_export.exporter.layout import QUANTIZED, Parameter, parameters
+from glm_export.exporter.precision import HIGH_PRECISION, storage_dtype
 from glm_export.exporter.source.checkpoint import Checkpoint
 from glm_export.exporter.storage import Converted, blocks, convert, scale_name, stored_tensors
 from glm_export.exporter.weight_file import ALIGNMENT, WeightFile
@@ -21,7 +21,7 @@ from glm_export.runtime.errors import InputError, UsageError
 from glm_export.runtime.files import HashingWriter
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "fp8-head"])
 def test_every_stored_tensor_is_the_source_rounded_once(bundle_of, tiny_checkpoint, precision):
     checkpoint = Checkpoint.open(tiny_checkpoint)
     bundle = bundle_of(precision)
@@ -32,7 +32,7 @@ def test_every_stored_tensor_is_the_source_rounded_once(bundle_of, tiny_checkpoi
         stored = read(parameter.name)
         assert stored.dtype == storage_dtype(precision, parameter.kind)
         kinds.add(parameter.kind)
-        if precision == "fp8" and parameter.kind in QUANTIZED:
+        if parameter.kind in QUANTIZED.get(precision, ()):
             # numpy and ml_dtypes do by themselves what design section 3 says.
             weight = source.float().numpy()
             scale = (np.abs(weight).max(-1) / np.float32(448)).astype(np.float32)

@@ -55,14 +55,15 @@ def kernels(plan: bytes) -> Iterator[tuple[str, list[str]]]:
         yield line, [types[name] for name in re.findall(r'"([^"]+)"', inputs[1])[:2]]
 
 
-def test_the_plan_multiplies_fp8_by_fp8(engine_of: EngineOf) -> None:
+@pytest.mark.parametrize(("precision", "count"), [("fp8", 28), ("fp8-head", 29)])
+def test_the_plan_multiplies_fp8_by_fp8(engine_of: EngineOf, precision: str, count: int) -> None:
     """The plan's text is not documented: this looks at what the library made of the network, once."""
-    bundle = engine_of("fp8")
+    bundle = engine_of(precision)
     found = {}
     for line, types in kernels((bundle.directory / PLAN).read_bytes()):
         for name in re.findall(r"\[ONNX Layer: ([^\]]*/FP8Linear/MatMul)\]", line):
             found.setdefault(name, set()).add(tuple(types))
-    assert len(found) == 28, found
+    assert len(found) == count, found
     assert set().union(*found.values()) == {("fp8_e4m3", "fp8_e4m3")}
 
 

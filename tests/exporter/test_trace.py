@@ -21,7 +21,7 @@ from glm_export.runtime.contract import Binding, Contract
 
 TINY = load_recipe("tiny").model
 TWO_LAYERS = TINY.with_layers(2)  # one dense, one MoE
-PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "fp8-head")
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 
 ONNX_TYPES = {
@@ -82,19 +82,22 @@ def test_ops_of_every_layer(precision: str) -> None:
     moe, dense = [f"{layer}.mlp" for layer in layers[1:]], f"{layers[0]}.mlp"
     projections = [f"{layer}.{name}" for layer in layers for name in ATTENTION]
     projections += [f"{mlp}.{name}" for mlp in (dense, *(f"{m}.shared_experts" for m in moe)) for name in SILU_MUL]
-    high = [*(f"{m}.gate" for m in moe), "lm_head"]
+    gates = [f"{m}.gate" for m in moe]
     norms = [f"{layer}.{name}_layernorm" for layer in layers for name in ("input", "post_attention")]
     norms += [f"{layer}.self_attn.{letter}_norm" for layer in layers for letter in "qk"] + ["model.norm"]
-    fp8 = precision == "fp8"
+    fp8 = precision in ("fp8", "fp8-head")
+    products = {
+        "fp8": {"Linear": [*gates, "lm_head"], "FP8Linear": projections},
+        "fp8-head": {"Linear": gates, "FP8Linear": [*projections, "lm_head"]},
+    }
     want = {
         "RMSNorm": norms,
-        "Linear": high if fp8 else [*projections, *high],
         "CachedAttention": [f"{layer}.self_attn" for layer in layers],
         "SiluMul": [dense, *(f"{m}.shared_experts" for m in moe)],
         "ResidualAdd": [*layers, *layers, *moe],
-        "MoERouter": [f"{m}.gate" for m in moe],
+        "MoERouter": gates,
         "FP8MoEExperts" if fp8 else "MoEExperts": [f"{m}.experts" for m in moe],
-    } | ({"FP8Linear": projections} if fp8 else {})
+    } | products.get(precision, {"Linear": [*projections, *gates, "lm_head"]})
     assert {name: Counter(modules(nodes)) for name, nodes in found.items()} == {k: Counter(v) for k, v in want.items()}
 
 
@@ -201,7 +204,7 @@ def test_versions_and_functions(precision: str) -> None:
     model = traced(precision)
     assert dict(model.opset_imports) == {"": 24, DOMAIN: 1}
     assert model.ir_version == 10
-    used = {*ops(model)} | ({"FakeQuantizeRows"} if precision == "fp8" else set())
+    used = {*ops(model)} | ({"FakeQuantizeRows"} if precision in ("fp8", "fp8-head") else set())
     assert {(domain, name) for domain, name, _ in model.functions} == {(DOMAIN, name) for name in used}
     assert {node.domain for node in model.graph} == {"", DOMAIN}
     for node in model.graph:
@@ -275,7 +278,8 @@ def test_inputs_embeds_with_hidden_states() -> None:
 
 @every_precision
 def test_head_sees_the_last_tokens_only(precision: str) -> None:
-    (head,) = [node for node in ops(traced(precision))["Linear"] if modules([node]) == ["lm_head"]]
+    products = ops(traced(precision))["FP8Linear" if precision == "fp8-head" else "Linear"]
+    (head,) = [node for node in products if modules([node]) == ["lm_head"]]
     assert [str(d) for d in head.outputs[0].shape or ()] == ["B", "1", "512"]
     assert head.inputs[0] is not None
     assert head.inputs[0].dtype == head.outputs[0].dtype == ir.DataType.FLOAT

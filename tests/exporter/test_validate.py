@@ -23,7 +23,7 @@ from glm_export.runtime.manifest import FileRecord
 QUIET = Reporter(quiet=True)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "fp8-head"])
 @pytest.mark.parametrize("kernels", ["portable", "scalar", ""])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_precision_is_within_its_tolerance(bundle_of, precision, kernels, seed, monkeypatch):
@@ -191,9 +191,9 @@ def test_streamed_and_resident_references_are_the_same(bundle_of):
 
 
 def test_tolerances_grow_with_depth_and_with_roundoff():
-    for precision in ("fp32", "bf16", "fp16", "fp8"):
+    for precision in ("fp32", "bf16", "fp16", "fp8", "fp8-head"):
         assert tolerances(precision, 92)[0].bound > tolerances(precision, 4)[0].bound
-    bounds = [tolerances(precision, 46)[1].bound for precision in ("fp32", "fp16", "bf16", "fp8")]
+    bounds = [tolerances(precision, 46)[1].bound for precision in ("fp32", "fp16", "bf16", "fp8", "fp8-head")]
     assert bounds == sorted(bounds)
 
 

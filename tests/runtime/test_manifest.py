@@ -34,7 +34,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "fp8-head"])
 @pytest.mark.parametrize("logits", ["last", "all"])
 @pytest.mark.parametrize("inputs_embeds", [False, True])
 def test_every_contract_round_trips(tmp_path: Path, precision: str, logits: str, inputs_embeds: bool) -> None:

@@ -271,10 +271,11 @@ def test_a_linear_that_the_vendor_left_alone_is_quantized_here(made, plain, tmp_
     checkpoint = Checkpoint.open(rewritten(made("per channel"), tmp_path / "checkpoint", change))
     assert checkpoint.pieces(parameters(TINY)[f"{Q}.weight"])[0].dtype == torch.bfloat16
     assert "1 not quantized in the checkpoint, quantized here" in checkpoint.remarks("fp8")[1]
+    assert "2 not quantized in the checkpoint, quantized here" in checkpoint.remarks("fp8-head")[1], "the head, too"
     assert torch.equal(checkpoint.read(parameters(TINY)[f"{Q}.weight"]), original)
 
 
-def test_a_head_in_fp8_is_dequantized_in_every_precision(made, tmp_path):
+def test_a_head_in_fp8_is_dequantized_unless_the_precision_quantizes_it(made, tmp_path):
     def change(tensors, config):
         tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
         tensors["lm_head.weight_scale"] = torch.arange(1, 513).float()[:, None]
@@ -286,6 +287,10 @@ def test_a_head_in_fp8_is_dequantized_in_every_precision(made, tmp_path):
     values = load_file(tmp_path / "checkpoint" / "model.safetensors")["lm_head.weight"].float()
     numbers = torch.cat([storage.convert(checkpoint, b, "fp8").stored[0][1] for b in storage.blocks(checkpoint, head)])
     assert torch.equal(numbers, (values * torch.arange(1, 513)[:, None]).bfloat16().flatten())
+    assert "dequantized" not in checkpoint.remarks("fp8-head")[1]
+    stored = [dict(storage.convert(checkpoint, b, "fp8-head").stored) for b in storage.blocks(checkpoint, head)]
+    assert torch.equal(torch.cat([part[head.name] for part in stored]).float(), values.flatten())
+    assert torch.equal(torch.cat([part[f"{head.name}_scale"] for part in stored]), torch.arange(1, 513).float())
 
 
 def set_config(**changes):
