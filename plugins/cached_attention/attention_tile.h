@@ -18,8 +18,6 @@
 namespace glm {
 namespace {
 
-#define GLM_INLINE inline __attribute__((always_inline))
-
 struct Bf16 {
   uint16_t bits;
 };

@@ -9,8 +9,6 @@
 namespace glm {
 namespace {
 
-#define GLM_INLINE inline __attribute__((always_inline))
-
 constexpr size_t kMostFew = 8;                 // beyond that tiles are faster
 constexpr size_t kFirstCacheBytes = 20 << 10;  // of the first cache for activations
 constexpr size_t kRowGroup = 8;                // weight rows whose sums are added across lanes together
@@ -18,7 +16,6 @@ constexpr size_t kRowGroup = 8;                // weight rows whose sums are add
 // first, and into the first shortly before its turn.
 constexpr size_t kFarBytes = 8192, kNearBytes = 512;
 
-// Always inlined: a compiler takes a function that only prefetches for one without effect.
 GLM_INLINE void prefetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p + kFarBytes), _MM_HINT_T1);
   _mm_prefetch(reinterpret_cast<const char*>(p + kNearBytes), _MM_HINT_T0);

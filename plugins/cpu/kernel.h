@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstring>
 
+// For the pieces of a loop, and for functions that only prefetch: compilers take those for ones without effect.
+#define GLM_INLINE inline __attribute__((always_inline))
+
 namespace glm {
 
 // The element types of ONNX that our ops take, by their ONNX numbers.
@@ -49,9 +52,12 @@ class Parallel {
   }
 };
 
+// a / b, rounded up.
+constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
 // How many tasks a loop of `items` is worth splitting into, at `per_task` items or more each.
 inline size_t tasks_for(size_t items, size_t per_task, size_t most) {
-  size_t tasks = (items + per_task - 1) / per_task;
+  const size_t tasks = ceil_div(items, per_task);
   return tasks < most ? (tasks ? tasks : 1) : most;
 }
 

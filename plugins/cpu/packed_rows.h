@@ -21,15 +21,15 @@ constexpr size_t kRowsPerTask = 192;
 constexpr size_t kMostStreams = 64;
 
 inline size_t weight_rows_per_task(size_t rows, size_t row_bytes, size_t activation_rows) {
-  const auto ceil = [](size_t a, size_t b) { return (a + b - 1) / b; };
-  const size_t wanted = activation_rows <= kFewRows ? std::max(ceil(kStreamBytes, row_bytes), ceil(rows, kMostStreams))
-                                                    : std::min<size_t>(std::max<size_t>(ceil(rows, 4), 128), 512);
-  return std::min(rows, ceil(wanted, 8) * 8);
+  const size_t wanted = activation_rows <= kFewRows
+                            ? std::max(ceil_div(kStreamBytes, row_bytes), ceil_div(rows, kMostStreams))
+                            : std::min<size_t>(std::max<size_t>(ceil_div(rows, 4), 128), 512);
+  return std::min(rows, ceil_div(wanted, 8) * 8);
 }
 
 // Calls in `count` numbers that are needed after a product: scales and biases lie apart from the weights, and to wait
 // for them there costs as much as some weight rows.
-__attribute__((always_inline)) inline void prefetch(const float* x, size_t count) {
+GLM_INLINE void prefetch(const float* x, size_t count) {
   if (!x) return;
   for (size_t i = 0; i < count; i += 64 / sizeof(float)) __builtin_prefetch(x + i);
 }
@@ -89,5 +89,17 @@ class PackedRows {
   std::vector<const void*> pointers_;
   std::unique_ptr<uint8_t, Free> data_;
 };
+
+// y [count, rows] = the products of `rows` weight rows with packed rows x [count] of `width` elements, times the scales
+// of both where the weights have some.
+inline void scaled_product(const Gemm& g, Form form, const uint8_t* weights, const float* weight_scale, size_t rows,
+                           const void* const* x, const float* x_scale, size_t count, size_t width, float* y) {
+  prefetch(weight_scale, rows);
+  g.multiply(form, weights, rows, x, count, width, y, rows);
+  if (!weight_scale) return;
+  for (size_t t = 0; t < count; ++t) {
+    for (size_t i = 0; i < rows; ++i) y[t * rows + i] *= x_scale[t] * weight_scale[i];
+  }
+}
 
 }  // namespace glm

@@ -10,8 +10,6 @@
 namespace glm {
 namespace {
 
-size_t ceil(size_t a, size_t b) { return (a + b - 1) / b; }
-
 // y of a part for the weight rows [first, last) and the rows [t_first, t_last) of x.
 void block(const LinearArguments& a, const LinearPart& part, const Gemm& g, Form form, const PackedRows& rows,
            size_t first, size_t last, size_t t_first, size_t t_last) {
@@ -19,17 +17,14 @@ void block(const LinearArguments& a, const LinearPart& part, const Gemm& g, Form
   thread_local std::vector<float> sums;
   if (sums.size() < n * (t_last - t_first)) sums.resize(n * (t_last - t_first));
   const auto* weight = static_cast<const uint8_t*>(part.weight) + first * a.I * size_of(a.weight_type);
-  prefetch(part.weight_scale ? part.weight_scale + first : nullptr, n);
-  prefetch(part.bias ? part.bias + first : nullptr, n);
-  g.multiply(form, weight, n, rows.pointers() + t_first, t_last - t_first, a.I, sums.data(), n);
+  const float* bias = part.bias ? part.bias + first : nullptr;
+  prefetch(bias, n);
+  scaled_product(g, form, weight, part.weight_scale ? part.weight_scale + first : nullptr, n, rows.pointers() + t_first,
+                 rows.scales() + t_first, t_last - t_first, a.I, sums.data());
   for (size_t t = t_first; t < t_last; ++t) {
     float* y = sums.data() + (t - t_first) * n;
-    if (part.weight_scale) {
-      const float scale = rows.scale(t);
-      for (size_t i = 0; i < n; ++i) y[i] *= scale * part.weight_scale[first + i];
-    }
-    if (part.bias) {
-      for (size_t i = 0; i < n; ++i) y[i] += part.bias[first + i];
+    if (bias) {
+      for (size_t i = 0; i < n; ++i) y[i] += bias[i];
     }
     store_f32(a.x_type, y, t * part.O + first, n, part.y);
   }
@@ -45,8 +40,8 @@ void linear(const LinearArguments& a, const Gemm& g, const Parallel& parallel) {
   const auto columns = [&](const LinearPart& part) {
     return weight_rows_per_task(part.O, a.I * size_of(a.weight_type), a.T);
   };
-  const auto column_tasks = [&](const LinearPart& part) { return ceil(part.O, columns(part)); };
-  const size_t row_tasks = ceil(a.T, kRowsPerTask);
+  const auto column_tasks = [&](const LinearPart& part) { return ceil_div(part.O, columns(part)); };
+  const size_t row_tasks = ceil_div(a.T, kRowsPerTask);
   size_t tasks = 0;
   for (size_t p = 0; p < a.part_count; ++p) tasks += column_tasks(a.parts[p]) * row_tasks;
   parallel(tasks, [&](size_t task) {

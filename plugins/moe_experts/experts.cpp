@@ -92,17 +92,6 @@ Assignments sort_by_expert(const ExpertsArguments& a) {
   return sorted;
 }
 
-// Products of a block of weight rows with some packed rows, scaled.
-void scaled_product(const Gemm& g, Form form, const uint8_t* weights, const float* weight_scale, size_t rows,
-                    const void* const* x, const float* x_scale, size_t count, size_t width, float* y) {
-  prefetch(weight_scale, rows);
-  g.multiply(form, weights, rows, x, count, width, y, rows);
-  if (!weight_scale) return;
-  for (size_t t = 0; t < count; ++t) {
-    for (size_t i = 0; i < rows; ++i) y[t * rows + i] *= x_scale[t] * weight_scale[i];
-  }
-}
-
 // Intermediate results. They stay with the thread that calls, so that a step touches no fresh pages.
 struct Intermediate {
   PackedRows x, routed, shared;
@@ -205,8 +194,8 @@ class Stages {
   // Stage two: out = the sum of what the experts give, by their weights.
   void combine() {
     const size_t most = few_ ? std::max<size_t>(a_.D / 32, 16) : std::max<size_t>(a_.D / 8, 128);
-    const size_t columns = std::min(a_.D, (most + 7) / 8 * 8);
-    parallel_((a_.D + columns - 1) / columns, [&](size_t task) {
+    const size_t columns = std::min(a_.D, ceil_div(most, 8) * 8);
+    parallel_(ceil_div(a_.D, columns), [&](size_t task) {
       const size_t first = task * columns, n = std::min(columns, a_.D - first);
       thread_local std::vector<float> total, sums;
       total.assign(a_.T * n, 0.0f);

@@ -1,7 +1,0 @@
-#include "plugins/silu_mul/silu_mul_inline.h"
-
-namespace glm {
-
-void silu_mul_scalar(const SiluMulTensors& tensors, size_t begin, size_t end) { silu_mul(tensors, begin, end); }
-
-}  // namespace glm
