@@ -6,8 +6,6 @@ import mmap
 import re
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy.typing as npt
 
 from glm_export.plugins import meter
 from glm_export.plugins.library import forced_cpu
+from glm_export.runtime.large_pages import map_file
 
 _SMALLEST, _PER_THREAD = 256 << 20, 64 << 20  # bytes: several times what a CPU caches
 _PASSES = 5
@@ -75,8 +74,8 @@ class Machine:
         """Bytes per second by what is read and how; the file is one of the weights, mapped as a session maps it."""
         found = {}
         time.sleep(_SPINNING_S)
-        with forced_cpu(""), _mapped(file) as mapped:
-            for what, memory in (("memory", self._memory), ("mapped file", mapped)):
+        with forced_cpu(""):
+            for what, memory in (("memory", self._memory), ("mapped file", _mapped(file))):
                 self._bandwidth(memory)
                 found[f"{what}, in order"] = self._bandwidth(memory)
                 found[f"{what}, blocks of 3 MiB in random order"] = self._bandwidth(memory, meter.BLOCK_BYTES)
@@ -120,8 +119,6 @@ def _large_pages(size: int) -> _Words:
     return words
 
 
-@contextmanager
-def _mapped(file: Path) -> Iterator[_Words]:
-    with file.open("rb") as opened:
-        memory = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
-    yield np.frombuffer(memory, np.uint64, count=len(memory) // 8)
+def _mapped(file: Path) -> _Words:
+    memory = map_file(file)
+    return np.frombuffer(memory, np.uint64, count=len(memory) // 8)

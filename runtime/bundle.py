@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from glm_export.runtime.errors import InputError, IntegrityError
 from glm_export.runtime.files import Progress, fits_page_cache, resolve_inside, sha256_of
+from glm_export.runtime.large_pages import drop, read_ahead
 from glm_export.runtime.manifest import MANIFEST_NAME, Manifest
 from glm_export.runtime.strict_json import parse_json
 
@@ -169,7 +170,7 @@ class Bundle:
         return place
 
     def verify(self, progress: Progress | None = None, *, threads: int | None = None) -> VerifyReport:
-        """Hashes every file, and looks for files that nobody listed; reports all problems instead of the first.
+        """Hashes every file as the disk has it, and looks for files that nobody listed; reports all problems.
 
         Args:
             progress: is told the bytes hashed, from several threads.
@@ -192,10 +193,14 @@ class Bundle:
         return VerifyReport(files=len(good), bytes=sum(good), problems=tuple(problems))
 
     def _sha256(self, place: Path, progress: Progress | None) -> str:
-        return sha256_of(place, progress, forget=not fits_page_cache(self.total_bytes))
+        stays = fits_page_cache(self.total_bytes)
+        if stays:
+            read_ahead(place)
+        return sha256_of(place, progress, forget=not stays)
 
     def _problem(self, path: str, progress: Progress | None) -> FileProblem | None:
         try:
+            drop(resolve_inside(self.directory, path))
             self.file(path, progress=progress)
         except IntegrityError as error:
             return FileProblem(path=path, kind=self._kind_of_problem(path), message=str(error))

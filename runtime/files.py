@@ -21,7 +21,7 @@ Progress = Callable[[int], None]
 
 _CHUNK = 1 << 20  # stays in the second-level cache between reading and hashing
 _LONGEST_PATH = 1024
-_WORTH_A_THREAD = 1 << 20  # bytes whose hashing takes far longer than handing them over
+_MUCH = 1 << 20  # bytes: to hash them takes far longer than to hand them to a thread
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FAILS = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
 
@@ -99,7 +99,7 @@ class HashingWriter:
         if self._file is None:
             raise RuntimeError(f"{self.path.name} is not open for writing")
         view = memoryview(data).cast("B")
-        if len(view) < _WORTH_A_THREAD:
+        if len(view) < _MUCH:
             self._digest.update(view)
             self._append(view)
         else:
@@ -114,7 +114,7 @@ class HashingWriter:
         assert self._file is not None
         with write_errors(self.path):
             self._file.write(view)
-            if len(view) >= _WORTH_A_THREAD:
+            if len(view) >= _MUCH:
                 # Sends to the disk what was just written, or the sync at the end would have to wait for all of it; and
                 # drops what has arrived there from the page cache, whose pages serve again instead of ever new ones.
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -134,6 +134,9 @@ class HashingWriter:
                 with write_errors(self.path):
                     file.flush()
                     os.fsync(file.fileno())
+                    if self.size >= _MUCH:
+                        # The rest too: who reads the file first brings it back in large pages (large_pages.py).
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     file.close()
                     self._temporary.replace(self.path)
                     sync_directory(self.path.parent)

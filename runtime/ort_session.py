@@ -24,6 +24,7 @@ from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.contract import CACHE_DTYPES, Binding
 from glm_export.runtime.errors import BackendError, IntegrityError, ResourceError, UsageError, missing_library
 from glm_export.runtime.session import Array, Ints, Session, StepOutput, numpy_dtype
+from glm_export.runtime.weights import mapped_weights
 
 LOG_SEVERITY = 3
 """ONNX Runtime's level for errors."""
@@ -75,7 +76,9 @@ class OnnxRuntimeSession(Session):
             raise UsageError(f"There is no cache dtype {cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}.")
         self._device = device
         self._caches = self._zero_caches()
-        self._ort, self.kernels = _load(bundle, threads=threads, device=device, cache_dtype=self.cache_dtype)
+        self._ort, self.kernels, self._weights = _load(
+            bundle, threads=threads, device=device, cache_dtype=self.cache_dtype
+        )
         _check_bindings(self._ort.get_inputs(), self.contract.inputs(self.cache_dtype), "inputs")
         _check_bindings(self._ort.get_outputs(), self.contract.outputs_of_step(self.cache_dtype), "outputs")
         self._steps: dict[int, _Step] = {}
@@ -154,8 +157,8 @@ class OnnxRuntimeSession(Session):
             raise too_big
         caches = {}
         try:
-            for binding in bindings:
-                host = np.zeros(shape, dtype)
+            # One array for all of them: numpy asks for large pages where it allocates much at once.
+            for binding, host in zip(bindings, np.zeros((len(bindings), *shape), dtype), strict=True):
                 # ONNX Runtime knows no numpy bfloat16: it is given the bits here, and the type where they are bound.
                 bits = host.view(f"u{host.itemsize}")
                 caches[binding.name] = (host, OrtValue.ortvalue_from_numpy(bits, self._device, 0))
@@ -176,6 +179,7 @@ class OnnxRuntimeSession(Session):
         self._steps.clear()
         self._caches.clear()
         self._ort = None
+        self._weights.clear()  # after what reads them
 
 
 def _check_device(device: str) -> None:
@@ -189,7 +193,10 @@ def _check_device(device: str) -> None:
         )
 
 
-def _load(bundle: Bundle, *, threads: int | None, device: str, cache_dtype: str) -> tuple[Any, Kernels | None]:
+def _load(
+    bundle: Bundle, *, threads: int | None, device: str, cache_dtype: str
+) -> tuple[Any, Kernels | None, list[object]]:
+    """The graph in ONNX Runtime, the kernels it runs, and what it refers to and has to be kept as long."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -207,9 +214,10 @@ def _load(bundle: Bundle, *, threads: int | None, device: str, cache_dtype: str)
         if changed is not None:
             model = changed
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.model_path.parent))
+        weights = [] if kernels is None or changed is None else _give_weights(options, changed, bundle)
         # Constant folding would dequantize the weights into a second, larger copy.
         session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=["ConstantFolding"])
-        return session, kernels
+        return session, kernels, weights
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         if type(error).__name__ == "NotImplemented":
@@ -229,7 +237,7 @@ def _changed_graph(bundle: Bundle, kernels: Kernels | None, cache_dtype: str) ->
     other_caches = cache_dtype != contract.compute_dtype
     if kernels is None and not other_caches:
         return None
-    # Only here the runtime needs onnx, through these two.
+    # Only for the kernels and for other caches the runtime needs onnx, through modules of the plugins.
     from glm_export.plugins.cached_attention.cache_dtype import with_cache_dtype
     from glm_export.plugins.fusion import fused
 
@@ -239,6 +247,24 @@ def _changed_graph(bundle: Bundle, kernels: Kernels | None, cache_dtype: str) ->
         names = {binding.name for binding in (*contract.caches(), *outputs)}
         graph = with_cache_dtype(graph, names, cache_dtype)
     return graph if kernels is None else fused(graph, kernels.ops)
+
+
+def _give_weights(options: Any, graph: bytes, bundle: Bundle) -> list[object]:
+    """Gives ONNX Runtime the weights where they are mapped, file by file; returns what to keep as long as the session.
+
+    Left to itself it maps each tensor apart, and a large page that holds the end of one and the start of the next
+    serves neither. It may still copy what its own kernels want in another order, but no input of ours.
+    """
+    from onnxruntime import OrtValue
+
+    from glm_export.plugins.external_data import external_tensors
+
+    weights: list[object] = []
+    for tensor, data in mapped_weights(external_tensors(graph), bundle):
+        bits = data.view(f"u{tensor.itemsize}").reshape(tensor.shape)  # as with the caches, whatever the type
+        weights.append(value := OrtValue.ortvalue_from_numpy_with_onnx_type(bits, tensor.data_type))
+        options.add_initializer(tensor.name, value)
+    return weights
 
 
 def _register_kernels(options: Any) -> Kernels | None:

@@ -28,8 +28,9 @@ from glm_export.exporter.tensorrt.estimate import (
 )
 from glm_export.exporter.tensorrt.layers import Layers, read_layers
 from glm_export.exporter.tensorrt.lower import lower
-from glm_export.exporter.tensorrt.network import Network, external_data, parse_network
+from glm_export.exporter.tensorrt.network import Network, parse_network
 from glm_export.exporter.tensorrt.plan import PlanOptions, build_plan
+from glm_export.plugins.external_data import external_tensors
 from glm_export.plugins.library import cuda_library
 from glm_export.runtime.bundle import BUILDING, MODEL_NAME, Bundle
 from glm_export.runtime.engine_info import ENGINE_NAME, PLAN_NAME, EngineInfo, engine_path
@@ -151,7 +152,7 @@ def cache_dtype(bundle: Bundle, engine: Engine) -> str:
 
 
 def _hash_weights(bundle: Bundle, model: onnx.ModelProto, reporter: Reporter) -> None:
-    paths = sorted({place.location for _, place in external_data(model)})
+    paths = sorted({tensor.location for tensor in external_tensors(model)})
     total = sum(bundle.file(path, hashed=False).stat().st_size for path in paths)
     with reporter.stage("hashing the weights", total) as advance:
         for path in paths:

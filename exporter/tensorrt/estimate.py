@@ -13,7 +13,7 @@ import onnx
 
 from glm_export.exporter.layout import QUANTIZED
 from glm_export.exporter.recipe import Engine
-from glm_export.exporter.tensorrt.network import external_data
+from glm_export.plugins.external_data import external_tensors
 from glm_export.runtime import cuda
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.errors import BackendError, ResourceError, UsageError
@@ -110,7 +110,7 @@ def estimate(bundle: Bundle, model: onnx.ModelProto, *, batch: int, capacity: in
         cache_dtype: numpy's name of the dtype of the caches.
     """
     # A tied lm_head is the embedding.
-    lengths = {(place.location, place.offset): place.length or 0 for _, place in external_data(model)}
+    lengths = {(tensor.location, tensor.offset): tensor.length for tensor in external_tensors(model)}
     weights = sum(lengths.values())
     held = weights + max(lengths.values()) + _LIBRARY_BYTES
     sizes = {"B": batch, "C": capacity}

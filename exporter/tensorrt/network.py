@@ -6,22 +6,19 @@ needs them and the graph on disk stays the only description of where they lie.
 
 from __future__ import annotations
 
-import math
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx.external_data_helper import ExternalDataInfo
 
+from glm_export.plugins.external_data import external_tensors
 from glm_export.runtime.bundle import Bundle
-from glm_export.runtime.errors import BackendError, IntegrityError
+from glm_export.runtime.errors import BackendError
 from glm_export.runtime.tensorrt_library import Library
-
-Bytes = npt.NDArray[np.uint8]
+from glm_export.runtime.weights import Bytes, mapped_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,28 +73,10 @@ def parse_network(library: Library, model: onnx.ModelProto, bundle: Bundle) -> N
     )
 
 
-def external_data(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, ExternalDataInfo]]:
-    """The weights of a graph and where they lie."""
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            yield tensor, ExternalDataInfo(tensor)
-
-
 def _weights(model: onnx.ModelProto, bundle: Bundle) -> Iterator[tuple[str, Bytes]]:
-    """The bytes of every external tensor; each file is mapped once."""
-    files: dict[str, Bytes] = {}
-    for tensor, place in external_data(model):
-        if place.location not in files:
-            # Whoever builds an engine has hashed the weights; a map follows the sizes that were checked.
-            path = bundle.file(place.location, hashed=False)
-            files[place.location] = np.memmap(path, dtype=np.uint8, mode="r")
-        file, start, length = files[place.location], place.offset or 0, place.length or 0
-        if length != _size(tensor) or start + length > len(file):
-            raise IntegrityError(
-                f"{tensor.name} should be {_size(tensor)} bytes at {start} of {place.location}, which has {len(file)}: "
-                "build the bundle again."
-            )
-        yield tensor.name, file[start : start + length]
+    # Whoever builds an engine has hashed the weights.
+    for tensor, data in mapped_weights(external_tensors(model), bundle):
+        yield tensor.name, data
 
 
 def _stand_ins(model: onnx.ModelProto) -> Iterator[tuple[str, Bytes]]:
@@ -106,19 +85,13 @@ def _stand_ins(model: onnx.ModelProto) -> Iterator[tuple[str, Bytes]]:
     Ones for the small float32 tensors, because the parser wants scales to be positive; for all others zeros, in pages
     that nobody writes and that take no memory.
     """
-    total = sum(_size(tensor) for tensor, _ in external_data(model))
+    total = sum(tensor.nbytes for tensor in external_tensors(model))
     pages = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
     zeros, end = np.frombuffer(pages, np.uint8), 0
-    for tensor, _ in external_data(model):
-        start, end = end, end + _size(tensor)
+    for tensor in external_tensors(model):
+        start, end = end, end + tensor.nbytes
         is_small = tensor.data_type == onnx.TensorProto.FLOAT
-        yield tensor.name, np.ones(_size(tensor) // 4, np.float32).view(np.uint8) if is_small else zeros[start:end]
-
-
-def _size(tensor: onnx.TensorProto) -> int:
-    """Of a tensor without its data, in bytes."""
-    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return itemsize * math.prod(map(int, tensor.dims))
+        yield tensor.name, np.ones(tensor.nbytes // 4, np.float32).view(np.uint8) if is_small else zeros[start:end]
 
 
 def _refused(library: Library, parser: Any) -> BackendError:

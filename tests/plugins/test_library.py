@@ -20,17 +20,17 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
+from glm_export.plugins.external_data import external_tensors
 from glm_export.plugins.library import CPU_VARIABLE, PORTABLE, cpu_kernels
 from glm_export.plugins.ops import OPS
 from glm_export.plugins.schema import DOMAIN, VERSION
 from glm_export.runtime import ort_session
+from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.errors import UsageError
 from glm_export.runtime.open import open_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from glm_export.runtime.bundle import Bundle
 
 NOT_GIVEN, FLOAT, INT64, FLOAT16, BFLOAT16, E4M3 = 0, 1, 7, 10, 16, 17
 
@@ -266,6 +266,33 @@ def test_session_uses_kernels(
     # Which kernels are right is told op by op elsewhere; here only that the same model ran.
     for cpu in (*libraries, ""):
         assert np.abs(logits[cpu] - logits[PORTABLE]).max() < 0.05 * scale
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_no_weight_is_copied(bundle_of: Callable[[str], Bundle], precision: str, tmp_path: Path) -> None:
+    # Each is overwritten in its file while the session is open: a copy of it would still give the first logits.
+    bundle = Bundle.open(shutil.copytree(bundle_of(precision).directory, tmp_path / "bundle"), check="size")
+    two = {FLOAT: np.float32(2).tobytes(), BFLOAT16: b"\0\x40", E4M3: b"\x40"}
+    with open_session(bundle, batch=1) as session:
+
+        def logits() -> Any:
+            session.reset()
+            return session.step(np.arange(1, 6)[None]).logits.copy()
+
+        first = logits()
+        for tensor in external_tensors(bundle.model_path.read_bytes()):
+            if tensor.name.endswith("e_score_correction_bias"):
+                continue  # equal ones choose as zeros do
+            with (bundle.directory / tensor.location).open("r+b") as file:
+                file.seek(tensor.offset)
+                old = file.read(tensor.length)
+                file.seek(tensor.offset)
+                file.write(two[tensor.data_type] * (tensor.length // tensor.itemsize))
+                file.flush()
+                assert not np.array_equal(logits(), first), tensor.name
+                file.seek(tensor.offset)
+                file.write(old)
+        np.testing.assert_array_equal(logits(), first)
 
 
 def test_session_refuses_an_unknown_isa(bundle_of: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch) -> None:

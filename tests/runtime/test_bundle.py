@@ -1,10 +1,13 @@
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy import contract_of, record, write_bundle
 
+from glm_export.runtime import bundle as bundle_module
 from glm_export.runtime.bundle import Bundle, Check, VerifyReport
 from glm_export.runtime.errors import InputError, IntegrityError
 from glm_export.runtime.open import open_session
@@ -122,6 +125,31 @@ def test_verify_reports_everything_at_once(directory: Path, tmp_path: Path) -> N
         "weights/extra.tmp": "unexpected",
         "linked": "unexpected",
     }
+
+
+def test_verify_reads_what_the_disk_has(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def spied(name: str) -> Callable[..., Any]:
+        call = getattr(bundle_module, name)
+
+        def spy(path: Path, *rest: Any, **choices: Any) -> Any:
+            calls.append(f"{name} {path.name}")
+            return call(path, *rest, **choices)
+
+        return spy
+
+    for name in ("drop", "read_ahead", "sha256_of"):
+        monkeypatch.setattr(bundle_module, name, spied(name))
+    bundle = Bundle.open(directory, check="size", threads=1)
+    calls.clear()
+    assert bundle.verify(threads=1)
+    names = [Path(path).name for path in bundle.manifest.files]
+    assert calls == [f"{name} {file}" for file in names for name in ("drop", "read_ahead", "sha256_of")]
+    monkeypatch.setattr(bundle_module, "fits_page_cache", lambda _: False)
+    calls.clear()
+    assert bundle.verify(threads=1)
+    assert calls == [f"{name} {file}" for file in names for name in ("drop", "sha256_of")]
 
 
 def test_verifying_nothing_is_not_success(directory: Path) -> None:

@@ -129,6 +129,29 @@ def test_fsync_happens_before_rename_and_of_the_directory_after(
     assert calls == ["sync a.tmp", "rename a.tmp", f"sync {tmp_path.name}"]
 
 
+def test_what_was_written_is_dropped_when_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    advise, fsync = os.posix_fadvise, os.fsync
+
+    def spy_advise(handle: int, start: int, length: int, advice: int) -> None:
+        assert (start, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        calls.append(f"drop {os.path.basename(os.readlink(f'/proc/self/fd/{handle}'))}")
+        advise(handle, start, length, advice)
+
+    def spy_fsync(handle: int) -> None:
+        calls.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{handle}'))}")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "posix_fadvise", spy_advise)
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    with HashingWriter(tmp_path / "large") as writer:
+        for start in range(0, len(DATA), 1 << 16):
+            writer.write(memoryview(DATA)[start : start + (1 << 16)])
+    write_text_durably(tmp_path / "small", "text")
+    folder = f"sync {tmp_path.name}"
+    assert calls == ["sync large.tmp", "drop large.tmp", folder, "sync small.tmp", folder]
+
+
 def test_plain_files_resolve(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "layer 0.safetensors").write_bytes(b"1")

@@ -36,6 +36,7 @@ def test_cache_is_updated_in_place(
         assert isinstance(session, ort_session.OnnxRuntimeSession)
         keys = session.cache("k_cache.0")
         assert keys.shape == (3, J, 32, 8)
+        assert keys.base is session.cache("v_cache.1").base  # one allocation, which is in large pages where it is large
         address = keys.ctypes.data
         assert not keys.any()
         session.step(ids(*PROMPTS), np.array([7, 1, 3]))
@@ -57,6 +58,22 @@ def test_cache_is_updated_in_place(
         io.bind_output("k_cache_out.0", "cpu", 0, kind, keys.shape, apart.ctypes.data)
         session._ort.run_with_iobinding(io)
         assert "TensorScatter: in-place optimization not activated" in capfd.readouterr().err
+
+
+def mappings(directory: Path) -> int:
+    """How many mappings this process has of files below a directory."""
+    return Path("/proc/self/maps").read_text().count(f" {directory}/")
+
+
+def test_a_weight_file_is_mapped_once_until_the_session_is_closed(tmp_path: Path) -> None:
+    directory = write_bundle(tmp_path / "toy")
+    with open_session(Bundle.open(directory), batch=1, threads=1) as session:
+        assert isinstance(session, ort_session.OnnxRuntimeSession)
+        if session.kernels is None:
+            pytest.skip("without kernels ONNX Runtime maps each tensor by itself")
+        decode_step(session, [1])
+        assert mappings(directory) == 1
+    assert mappings(directory) == 0
 
 
 def test_the_engine_takes_part_of_a_step(toy_bundle: ToyBundle) -> None:
