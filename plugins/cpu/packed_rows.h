@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "plugins/cpu/flow.h"
 #include "plugins/cpu/gemm.h"
 #include "plugins/cpu/rows.h"
 
@@ -19,6 +20,7 @@ constexpr size_t kFewRows = 8;
 constexpr size_t kStreamBytes = 64 << 10;
 constexpr size_t kRowsPerTask = 192;
 constexpr size_t kMostStreams = 64;
+constexpr size_t kPackedPerTask = 2048;  // activations that are packed; a microsecond or two
 
 inline size_t weight_rows_per_task(size_t rows, size_t row_bytes, size_t activation_rows) {
   const size_t wanted = activation_rows <= kFewRows
@@ -60,18 +62,20 @@ class PackedRows {
     g.pack(form_, x, width_, data_.get() + t * row_bytes_);
   }
 
-  // Packs x [T, I]; one task packs a block of rows.
-  void pack(const Gemm& g, Form form, Type type, const void* x, size_t count, size_t width, const Parallel& parallel) {
+  // Adds a stage that packs x [T, I], of which it needs `needs`.
+  Flow::Done pack(Flow& flow, const Gemm& g, Form form, Type type, const void* x, size_t count, size_t width,
+                  Flow::Done needs) {
     resize(g, form, count, width);
-    split(parallel, count, width, [&](size_t begin, size_t end) {
-      thread_local std::vector<float> row;
-      if (row.size() < width) row.resize(width);
-      for (size_t t = begin; t < end; ++t) {
-        const float* values = load_f32(type, x, t * width, width, row.data());
-        if (values != row.data()) std::copy(values, values + width, row.data());
-        set(g, t, row.data());
-      }
-    });
+    const size_t tasks = tasks_for(count, std::max<size_t>(1, kPackedPerTask / width), kMostStreams);
+    return flow.stage({tasks, needs, [=, &g](size_t i) {
+                         thread_local std::vector<float> row;
+                         if (row.size() < width) row.resize(width);
+                         for (size_t t = count * i / tasks; t < count * (i + 1) / tasks; ++t) {
+                           const float* values = load_f32(type, x, t * width, width, row.data());
+                           if (values != row.data()) std::copy(values, values + width, row.data());
+                           set(g, t, row.data());
+                         }
+                       }});
   }
 
   const void* const* pointers() const { return pointers_.data(); }

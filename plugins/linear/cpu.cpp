@@ -16,8 +16,8 @@ class LinearKernel : public Kernel {
     Dims shape = x.shape();
     shape.back() = weight.out_size();
     const LinearPart part = weight.part(run.output(0, shape));
-    linear({x.type(), x.data(), weight.type(), static_cast<size_t>(x.rows()), static_cast<size_t>(weight.width()),
-            &part, 1},
+    linear({x.type(), x.data(), weight.type(), x.type(), static_cast<size_t>(x.rows()),
+            static_cast<size_t>(weight.width()), &part, 1},
            gemm_, run.parallel());
   }
 

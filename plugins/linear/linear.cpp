@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "plugins/cpu/packed_rows.h"
-
 namespace glm {
 namespace {
 
@@ -26,32 +24,36 @@ void block(const LinearArguments& a, const LinearPart& part, const Gemm& g, Form
     if (bias) {
       for (size_t i = 0; i < n; ++i) y[i] += bias[i];
     }
-    store_f32(a.x_type, y, t * part.O + first, n, part.y);
+    store_f32(a.y_type, y, t * part.O + first, n, part.y);
   }
 }
 
 }  // namespace
 
-void linear(const LinearArguments& a, const Gemm& g, const Parallel& parallel) {
+Flow::Done add_linear(Flow& flow, const LinearArguments& a, const Gemm& g, PackedRows& rows, Flow::Done needs) {
   const Form form = form_of(a.weight_type, a.x_type);
-  thread_local PackedRows packed;
-  PackedRows& rows = packed;  // this thread's, for the tasks too
-  rows.pack(g, form, a.x_type, a.x, a.T, a.I, parallel);
-  const auto columns = [&](const LinearPart& part) {
-    return weight_rows_per_task(part.O, a.I * size_of(a.weight_type), a.T);
-  };
-  const auto column_tasks = [&](const LinearPart& part) { return ceil_div(part.O, columns(part)); };
-  const size_t row_tasks = ceil_div(a.T, kRowsPerTask);
+  const Flow::Done packed = rows.pack(flow, g, form, a.x_type, a.x, a.T, a.I, needs);
+  const size_t row_bytes = a.I * size_of(a.weight_type), row_tasks = ceil_div(a.T, kRowsPerTask);
+  const auto columns = [=](const LinearPart& part) { return weight_rows_per_task(part.O, row_bytes, a.T); };
+  const auto column_tasks = [=](const LinearPart& part) { return ceil_div(part.O, columns(part)); };
   size_t tasks = 0;
   for (size_t p = 0; p < a.part_count; ++p) tasks += column_tasks(a.parts[p]) * row_tasks;
-  parallel(tasks, [&](size_t task) {
+  const auto multiply = [=, &g, &rows](size_t task) {
     const LinearPart* part = a.parts;
     for (; task >= column_tasks(*part) * row_tasks; ++part) task -= column_tasks(*part) * row_tasks;
     const size_t first = task % column_tasks(*part) * columns(*part);
     const size_t t_first = task / column_tasks(*part) * kRowsPerTask;
     block(a, *part, g, form, rows, first, std::min(part->O, first + columns(*part)), t_first,
           std::min(a.T, t_first + kRowsPerTask));
-  });
+  };
+  return flow.stage({tasks, packed, multiply});
+}
+
+void linear(const LinearArguments& a, const Gemm& g, const Parallel& parallel) {
+  thread_local PackedRows packed;
+  Flow flow;
+  add_linear(flow, a, g, packed, 0);
+  flow.run(parallel);
 }
 
 }  // namespace glm

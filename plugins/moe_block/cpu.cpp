@@ -2,7 +2,6 @@
 // shared one beside them, and their sum. Every value is rounded where the ops it stands for round it.
 #include <vector>
 
-#include "plugins/cpu/rows.h"
 #include "plugins/linear/linear.h"
 #include "plugins/moe_experts/experts.h"
 #include "plugins/moe_router/attributes.h"
@@ -49,19 +48,28 @@ class MoEBlockKernel : public Kernel {
     if (T == 0) return;
 
     const auto size = [](int64_t n) { return static_cast<size_t>(n); };
-    std::vector<float> wide(x.type() == Type::f32 ? 0 : size(T * D)), logits(size(T * E)), weights(size(T * K));
+    std::vector<float> logits(size(T * E)), weights(size(T * K));
     std::vector<int32_t> ids(size(T * K));
-    const float* values = load_f32(x.type(), x.data(), 0, size(T * D), wide.data());
-    const LinearPart product = {router.data(), nullptr, nullptr, size(E), logits.data()};
-    linear({Type::f32, values, Type::f32, size(T), size(D), &product, 1}, gemm_, run.parallel());
-    route(attributes_.arguments(logits.data(), bias.as<const float>(), T, E, ids.data(), weights.data()),
-          run.parallel());
+    LinearPart product;
+    thread_local PackedRows packed;
+    PackedRows& rows = packed;  // this thread's, for the tasks too
+    const auto choose = [&](Flow& flow, size_t first, size_t count) {
+      float* scores = logits.data() + first * size(E);
+      product = {router.data(), nullptr, nullptr, size(E), scores};
+      const auto* hidden = x.as<const uint8_t>() + first * size(D) * size_of(x.type());
+      const Flow::Done scored =
+          add_linear(flow, {x.type(), hidden, Type::f32, Type::f32, count, size(D), &product, 1}, gemm_, rows, 0);
+      const RouterArguments routing =
+          attributes_.arguments(scores, bias.as<const float>(), static_cast<int64_t>(count), E,
+                                ids.data() + first * size(K), weights.data() + first * size(K));
+      return add_route(flow, routing, scored);
+    };
     const SharedExpert shared = {size(shared_F),  shared_gate.data(), shared_gate_scale, shared_up.data(),
                                  shared_up_scale, shared_down.data(), shared_down_scale};
     work().experts +=
         experts({x.type(), x.data(), ids.data(), weights.data(), gate_up.type(), gate_up.data(), gate_up_scale,
                  down.data(), down_scale, size(T), size(K), size(E), size(D), size(F), y.data(), &shared},
-                gemm_, run.parallel());
+                gemm_, run.parallel(), choose);
   }
 
  private:

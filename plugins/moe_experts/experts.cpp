@@ -1,10 +1,13 @@
-// Tokens are sorted by expert. Stage one: a task computes a block of silu(gate) * up columns for one expert's tokens.
-// Stage two: a task computes a block of output columns, going over all chosen experts in ascending order, so that a
-// token's sum has one order whatever the number of threads. Each chosen expert's weights are read once per stage and
-// run of tokens. A shared expert is one more, with all tokens.
+// Tokens are sorted by expert. First, a task computes a block of silu(gate) * up columns for one expert's tokens, and
+// who computes the last one packs them for what follows. Then a task computes a block of output columns, going over all
+// chosen experts in ascending order, so that a token's sum has one order whatever the number of threads. Each chosen
+// expert's weights are read once per stage and run of tokens. A shared expert is one more, with all tokens; it needs no
+// router, and its first stage goes on while that is at work.
 #include "plugins/moe_experts/experts.h"
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -31,10 +34,11 @@ struct TokenRun {
   size_t begin, end;
 };
 
+// Those of routed experts.
 struct Assignments {
-  std::vector<size_t> token;  // by position: routed ones sorted by expert, then those of the shared expert
+  std::vector<size_t> token;  // by position, sorted by expert
   std::vector<float> weight;
-  std::vector<TokenRun> routed, shared;
+  std::vector<TokenRun> runs;
   size_t experts = 0;  // that any token chose
 };
 
@@ -73,7 +77,7 @@ Assignments sort_by_expert(const ExpertsArguments& a) {
   }
   for (size_t e = 0; e < a.E; ++e) start[e + 1] += start[e];
   Assignments sorted;
-  sorted.token.resize(count + (a.shared ? a.T : 0));
+  sorted.token.resize(count);
   sorted.weight.resize(count);
   std::vector<size_t> next(start.begin(), start.end() - 1);
   for (size_t i = 0; i < count; ++i) {
@@ -82,12 +86,8 @@ Assignments sort_by_expert(const ExpertsArguments& a) {
     sorted.weight[at] = a.expert_weights[i];
   }
   for (size_t e = 0; e < a.E; ++e) {
-    cut(routed_mlp(a, e), start[e], start[e + 1], sorted.routed);
+    cut(routed_mlp(a, e), start[e], start[e + 1], sorted.runs);
     if (start[e] < start[e + 1]) ++sorted.experts;
-  }
-  if (a.shared) {
-    for (size_t t = 0; t < a.T; ++t) sorted.token[count + t] = t;
-    cut(shared_mlp(*a.shared), count, count + a.T, sorted.shared);
   }
   return sorted;
 }
@@ -95,155 +95,180 @@ Assignments sort_by_expert(const ExpertsArguments& a) {
 // Intermediate results. They stay with the thread that calls, so that a step touches no fresh pages.
 struct Intermediate {
   PackedRows x, routed, shared;
-  std::vector<float> hidden;  // [T * K, F], then [T, F of the shared expert]
+  std::vector<float> routed_hidden, shared_hidden;
 };
 
-// The experts of some tokens, one stage after the other.
+// One kind of experts, routed or shared: the runs of tokens, and what is in between.
+struct Group {
+  const std::vector<TokenRun>* runs;
+  size_t F, blocks, columns;  // blocks of gate rows, as many of up rows, and how many rows a block has
+  float* hidden;              // [positions, 2F], results of gate and up
+  PackedRows* packed;         // silu(gate) * up, by position
+  std::unique_ptr<std::atomic<size_t>[]> left;  // blocks of each run
+};
+
+// The experts of some tokens.
 class Stages {
  public:
-  Stages(const ExpertsArguments& a, const Gemm& g, const Parallel& parallel, Intermediate& memory)
+  Stages(const ExpertsArguments& a, const Gemm& g, Intermediate& memory)
       : a_(a),
         m_(memory),
         g_(g),
-        parallel_(parallel),
         form_(form_of(a.weight_type, a.x_type)),
         weight_bytes_(size_of(a.weight_type)),
-        sorted_(sort_by_expert(a)),
-        routed_count_(a.T * a.K),
-        few_(routed_count_ <= kFewRows * sorted_.routed.size()) {}
+        few_(a.T * a.K <= kFewRows * a.E) {}
 
   // Returns the number of experts that any token chose.
-  size_t run() {
-    activate();
-    pack();
-    combine();
+  template <class Choose>
+  size_t run(const Choose& choose, const Parallel& parallel) {
+    Flow flow;
+    const Flow::Done packed = m_.x.pack(flow, g_, form_, a_.x_type, a_.hidden, a_.T, a_.D, 0);
+    const Flow::Done chosen = choose(flow);
+    const Flow::Done sorted = flow.stage({1, chosen | packed, [&](size_t) { sort(); }});
+    Flow::Done active = 0;
+    if (a_.shared) {
+      cut(shared_mlp(*a_.shared), 0, a_.T, shared_runs_);
+      shared_ = group(shared_runs_, shared_runs_.size(), a_.T, a_.shared->F, m_.shared, m_.shared_hidden);
+      active |= activate(flow, shared_, shared_runs_.size(), packed);
+    }
+    // So many runs there may be: one for every expert that is chosen, and one more for every kRowsPerTask of its
+    // tokens.
+    const size_t runs = std::min(a_.T * a_.K, a_.E) + a_.T * a_.K / kRowsPerTask;
+    routed_ = group(sorted_.runs, runs, a_.T * a_.K, a_.F, m_.routed, m_.routed_hidden);
+    active |= activate(flow, routed_, runs, sorted);
+    combine(flow, active);
+    flow.run(parallel);
     return sorted_.experts;
   }
 
  private:
-  float* hidden_row(size_t position) {
-    if (position < routed_count_) return m_.hidden.data() + position * a_.F;
-    return m_.hidden.data() + routed_count_ * a_.F + (position - routed_count_) * a_.shared->F;
+  void sort() {
+    sorted_ = sort_by_expert(a_);
+    x_of_.resize(sorted_.token.size());
+    scale_of_.resize(sorted_.token.size());
+    for (size_t i = 0; i < sorted_.token.size(); ++i) {
+      x_of_[i] = m_.x.pointers()[sorted_.token[i]];
+      scale_of_[i] = m_.x.scale(sorted_.token[i]);
+    }
   }
 
-  // Stage one: silu(gate x) * (up x) of every assignment.
-  void activate() {
-    const PackedRows& x = m_.x;
-    m_.x.pack(g_, form_, a_.x_type, a_.hidden, a_.T, a_.D, parallel_);
-    const size_t count = sorted_.token.size();
-    std::vector<const void*> x_of(count);
-    std::vector<float> scale_of(count);
+  Group group(const std::vector<TokenRun>& runs, size_t most_runs, size_t positions, size_t F, PackedRows& packed,
+              std::vector<float>& hidden) const {
+    const size_t most = few_ ? std::max(kStreamBytes / (a_.D * weight_bytes_), F / 8) : 512;
+    const size_t columns = std::min(F, std::max<size_t>(most, 8)), blocks = ceil_div(F, columns);
+    if (hidden.size() < positions * 2 * F) hidden.resize(positions * 2 * F);
+    packed.resize(g_, form_, positions, F);
+    Group made{&runs, F, blocks, columns, hidden.data(), &packed, {}};
+    made.left.reset(new std::atomic<size_t>[most_runs]);
+    for (size_t i = 0; i < most_runs; ++i) made.left[i] = 2 * blocks;
+    return made;
+  }
+
+  // Adds the stage of silu(gate x) * (up x) of every assignment of a group, in the form that the next product takes.
+  Flow::Done activate(Flow& flow, Group& group, size_t most_runs, Flow::Done needs) {
+    const auto multiply = [this, &group](size_t task) {
+      const size_t i = task / (2 * group.blocks);
+      if (i >= group.runs->size()) return;
+      const TokenRun& run = (*group.runs)[i];
+      block(group, run, task % (2 * group.blocks));
+      if (group.left[i].fetch_sub(1, std::memory_order_acq_rel) == 1) pack(group, run);
+    };
+    return flow.stage({most_runs * 2 * group.blocks, needs, multiply});
+  }
+
+  // One block of a run's rows of gate and up.
+  void block(const Group& group, const TokenRun& run, size_t number) const {
+    const size_t first = number % group.blocks * group.columns, n = std::min(group.columns, group.F - first);
+    const bool up = number >= group.blocks;
+    const size_t tokens = run.end - run.begin;
+    const bool shared = &group == &shared_;
+    thread_local std::vector<float> sums;  // [tokens, n]
+    if (sums.size() < tokens * n) sums.resize(tokens * n);
+    const float* scale = up ? run.mlp.up_scale : run.mlp.gate_scale;
+    scaled_product(g_, form_, (up ? run.mlp.up : run.mlp.gate) + first * a_.D * weight_bytes_,
+                   scale ? scale + first : nullptr, n, shared ? m_.x.pointers() + run.begin : x_of_.data() + run.begin,
+                   shared ? m_.x.scales() + run.begin : scale_of_.data() + run.begin, tokens, a_.D, sums.data());
+    // A shared expert's gate and up are results of Linear, which routed ones have no need to be.
+    if (shared) round_f32(a_.x_type, sums.data(), tokens * n);
+    for (size_t t = 0; t < tokens; ++t) {
+      float* row = group.hidden + (run.begin + t) * 2 * group.F + (up ? group.F : 0);
+      std::copy_n(sums.data() + t * n, n, row + first);
+    }
+  }
+
+  // silu(gate) * up of a run's tokens, rounded to the activations' dtype, as rows of the next product.
+  void pack(const Group& group, const TokenRun& run) const {
+    for (size_t i = run.begin; i < run.end; ++i) {
+      float *gate = group.hidden + i * 2 * group.F, *up = gate + group.F;
+      g_.silu_mul(gate, up, group.F, gate);
+      round_f32(a_.x_type, gate, group.F);
+      group.packed->set(g_, i, gate);
+    }
+  }
+
+  // Adds the stage of out = the sum of what the experts give, by their weights.
+  void combine(Flow& flow, Flow::Done needs) {
+    const size_t most = few_ ? kStreamBytes / (a_.F * weight_bytes_) : std::max<size_t>(a_.D / 8, 128);
+    const size_t columns = std::min(a_.D, ceil_div(std::max<size_t>(most, 1), 8) * 8);
+    const auto multiply = [this, columns](size_t task) {
+      const size_t first = task * columns;
+      combine_block(first, std::min(columns, a_.D - first));
+    };
+    flow.stage({ceil_div(a_.D, columns), needs, multiply});
+  }
+
+  void combine_block(size_t first, size_t n) const {
+    thread_local std::vector<float> total, sums;
+    total.assign(a_.T * n, 0.0f);
+    if (sums.size() < kRowsPerTask * n) sums.resize(kRowsPerTask * n);
+    const size_t routed = sorted_.runs.size(), count = routed + shared_runs_.size();
     for (size_t i = 0; i < count; ++i) {
-      x_of[i] = x.pointers()[sorted_.token[i]];
-      scale_of[i] = x.scale(sorted_.token[i]);
-    }
-    const size_t elements = routed_count_ * a_.F + (a_.shared ? a_.T * a_.shared->F : 0);
-    if (m_.hidden.size() < elements) m_.hidden.resize(elements);
-
-    struct Block {
-      const TokenRun* run;
-      size_t first, columns;
-    };
-    std::vector<Block> blocks;
-    for (const auto* runs : {&sorted_.shared, &sorted_.routed}) {
-      for (const TokenRun& run : *runs) {
-        const size_t F = run.mlp.F, most = few_ ? std::max(kStreamBytes / (a_.D * weight_bytes_), F / 8) : 512;
-        const size_t columns = std::min(F, std::max<size_t>(most, 8));
-        for (size_t first = 0; first < F; first += columns) {
-          blocks.push_back({&run, first, std::min(columns, F - first)});
-        }
-      }
-    }
-    parallel_(blocks.size(), [&](size_t task) {
-      const auto [run, first, n] = blocks[task];
-      const Mlp& mlp = run->mlp;
-      const size_t tokens = run->end - run->begin, offset = first * a_.D * weight_bytes_;
-      const void* const* rows = x_of.data() + run->begin;
-      const float* scales = scale_of.data() + run->begin;
-      thread_local std::vector<float> sums;
-      if (sums.size() < 2 * tokens * n) sums.resize(2 * tokens * n);
-      float *gate = sums.data(), *up = gate + tokens * n;  // [tokens, n]
-      const float* gate_scale = mlp.gate_scale ? mlp.gate_scale + first : nullptr;
-      const float* up_scale = mlp.up_scale ? mlp.up_scale + first : nullptr;
-      scaled_product(g_, form_, mlp.gate + offset, gate_scale, n, rows, scales, tokens, a_.D, gate);
-      scaled_product(g_, form_, mlp.up + offset, up_scale, n, rows, scales, tokens, a_.D, up);
-      // A shared expert's gate and up are results of Linear, which routed ones have no need to be.
-      if (run->begin >= routed_count_) round_f32(a_.x_type, gate, 2 * tokens * n);
-      for (size_t t = 0; t < tokens; ++t) {
-        g_.silu_mul(gate + t * n, up + t * n, n, hidden_row(run->begin + t) + first);
-      }
-    });
-  }
-
-  // Its results, rounded to the activations' dtype, as the rows of the next product.
-  void pack() {
-    const auto prepare = [&](PackedRows& rows, size_t start, size_t count, size_t width) {
-      rows.resize(g_, form_, count, width);
-      split(parallel_, count, width, [&](size_t begin, size_t end) {
-        for (size_t i = begin; i < end; ++i) {
-          float* row = hidden_row(start + i);
-          round_f32(a_.x_type, row, width);
-          rows.set(g_, i, row);
-        }
-      });
-    };
-    prepare(m_.routed, 0, routed_count_, a_.F);
-    if (a_.shared) prepare(m_.shared, routed_count_, a_.T, a_.shared->F);
-  }
-
-  // Stage two: out = the sum of what the experts give, by their weights.
-  void combine() {
-    const size_t most = few_ ? std::max<size_t>(a_.D / 32, 16) : std::max<size_t>(a_.D / 8, 128);
-    const size_t columns = std::min(a_.D, ceil_div(most, 8) * 8);
-    parallel_(ceil_div(a_.D, columns), [&](size_t task) {
-      const size_t first = task * columns, n = std::min(columns, a_.D - first);
-      thread_local std::vector<float> total, sums;
-      total.assign(a_.T * n, 0.0f);
-      if (sums.size() < kRowsPerTask * n) sums.resize(kRowsPerTask * n);
-      for (const TokenRun& run : sorted_.routed) {
-        down(run, m_.routed, run.begin, first, n, sums.data());
-        for (size_t at = run.begin; at < run.end; ++at) {
-          const float* y = sums.data() + (at - run.begin) * n;
-          float* sum = total.data() + sorted_.token[at] * n;
-          for (size_t i = 0; i < n; ++i) sum[i] += sorted_.weight[at] * y[i];
-        }
-      }
-      for (const TokenRun& run : sorted_.shared) {
-        down(run, m_.shared, run.begin - routed_count_, first, n, sums.data());
-        for (size_t at = run.begin; at < run.end; ++at) {
-          float* y = sums.data() + (at - run.begin) * n;
-          float* sum = total.data() + sorted_.token[at] * n;
+      const TokenRun& mine = run(i);
+      const bool shared = i >= routed;
+      const PackedRows& rows = shared ? m_.shared : m_.routed;
+      scaled_product(g_, form_, down_row(mine, first), mine.mlp.down_scale ? mine.mlp.down_scale + first : nullptr, n,
+                     rows.pointers() + mine.begin, rows.scales() + mine.begin, mine.end - mine.begin, mine.mlp.F,
+                     sums.data());
+      for (size_t at = mine.begin; at < mine.end; ++at) {
+        float* y = sums.data() + (at - mine.begin) * n;
+        float* sum = total.data() + (shared ? at : sorted_.token[at]) * n;
+        if (shared) {
           round_f32(a_.x_type, y, n);
           round_f32(a_.x_type, sum, n);
-          for (size_t i = 0; i < n; ++i) sum[i] += y[i];
         }
+        const float weight = shared ? 1.0f : sorted_.weight[at];
+        for (size_t j = 0; j < n; ++j) sum[j] += weight * y[j];
       }
-      for (size_t t = 0; t < a_.T; ++t) store_f32(a_.x_type, total.data() + t * n, t * a_.D + first, n, a_.out);
-    });
+    }
+    for (size_t t = 0; t < a_.T; ++t) store_f32(a_.x_type, total.data() + t * n, t * a_.D + first, n, a_.out);
   }
 
-  // Columns first .. first + n of down's product with a run's rows, which start at `row`.
-  void down(const TokenRun& run, const PackedRows& rows, size_t row, size_t first, size_t n, float* y) const {
-    const Mlp& mlp = run.mlp;
-    scaled_product(g_, form_, mlp.down + first * mlp.F * weight_bytes_,
-                   mlp.down_scale ? mlp.down_scale + first : nullptr, n, rows.pointers() + row, rows.scales() + row,
-                   run.end - run.begin, mlp.F, y);
+  // Runs of routed experts come first.
+  const TokenRun& run(size_t i) const {
+    const size_t routed = sorted_.runs.size();
+    return i < routed ? sorted_.runs[i] : shared_runs_[i - routed];
+  }
+
+  const uint8_t* down_row(const TokenRun& run, size_t row) const {
+    return run.mlp.down + row * run.mlp.F * weight_bytes_;
   }
 
   const ExpertsArguments& a_;
   Intermediate& m_;
   const Gemm& g_;
-  const Parallel& parallel_;
   const Form form_;
   const size_t weight_bytes_;
-  const Assignments sorted_;
-  const size_t routed_count_;
   const bool few_;  // a product is bound by reading its weights
+  Assignments sorted_;
+  std::vector<TokenRun> shared_runs_;
+  std::vector<const void*> x_of_;  // by position
+  std::vector<float> scale_of_;
+  Group routed_, shared_;
 };
 
 }  // namespace
 
-size_t experts(const ExpertsArguments& a, const Gemm& g, const Parallel& parallel) {
+size_t experts(const ExpertsArguments& a, const Gemm& g, const Parallel& parallel, const Chooser& choose) {
   thread_local Intermediate memory;
   size_t needed = 0;
   for (size_t start = 0; start < a.T; start += kTokensAtATime) {
@@ -253,7 +278,8 @@ size_t experts(const ExpertsArguments& a, const Gemm& g, const Parallel& paralle
     part.out = static_cast<uint8_t*>(a.out) + start * a.D * size_of(a.x_type);
     part.expert_ids += start * a.K;
     part.expert_weights += start * a.K;
-    needed += Stages(part, g, parallel, memory).run();
+    const auto choose_part = [&](Flow& flow) { return choose ? choose(flow, start, part.T) : Flow::Done{0}; };
+    needed += Stages(part, g, memory).run(choose_part, parallel);
   }
   return needed;
 }

@@ -1,6 +1,9 @@
 // MoEExperts and FP8MoEExperts, with or without a shared expert, without anything of ONNX Runtime.
 #pragma once
 
+#include <functional>
+
+#include "plugins/cpu/flow.h"
 #include "plugins/cpu/gemm.h"
 
 namespace glm {
@@ -31,8 +34,13 @@ struct ExpertsArguments {
   const SharedExpert* shared;  // or null; its output, rounded, is added to that of the others, rounded
 };
 
-// Returns how many experts' weights were needed: each counts once, however many tokens chose it, but again for every
-// 1024 tokens. Throws std::invalid_argument when an expert id is not in 0 .. E-1.
-size_t experts(const ExpertsArguments& a, const Gemm& gemm, const Parallel& parallel);
+// Adds stages to a flow that find the expert ids and weights of the tokens first .. first + count; returns what is to
+// be waited for.
+using Chooser = std::function<Flow::Done(Flow& flow, size_t first, size_t count)>;
+
+// Without a chooser, ids and weights are there. Returns how many experts' weights were needed: each counts once,
+// however many tokens chose it, but again for every 1024 tokens. Throws std::invalid_argument when an expert id is not
+// in 0 .. E-1.
+size_t experts(const ExpertsArguments& a, const Gemm& gemm, const Parallel& parallel, const Chooser& choose = nullptr);
 
 }  // namespace glm

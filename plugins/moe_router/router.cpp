@@ -58,29 +58,39 @@ void mask(std::vector<float>& choice, size_t G, Best& groups) {
   }
 }
 
+// The tokens begin .. end.
+void route_some(const RouterArguments& a, size_t begin, size_t end) {
+  std::vector<float> score(a.E), choice(a.E);
+  Best groups(a.topk_group), experts(a.K);
+  for (size_t t = begin; t < end; ++t) {
+    const float* row = a.logits + t * a.E;
+    for (size_t e = 0; e < a.E; ++e) score[e] = sigmoid_f32(row[e]);
+    for (size_t e = 0; e < a.E; ++e) choice[e] = score[e] + a.bias[e];
+    if (a.topk_group < a.G) mask(choice, a.G, groups);
+    experts.clear();
+    for (size_t e = 0; e < a.E; ++e) experts.offer(choice[e], static_cast<int32_t>(e));
+    float sum = 0;
+    for (int32_t e : experts.ids()) sum += score[static_cast<size_t>(e)];
+    const float denominator = a.normalize ? sum + 1e-20f : 1.0f;
+    for (size_t k = 0; k < a.K; ++k) {
+      const int32_t e = experts.ids()[k];
+      a.expert_ids[t * a.K + k] = e;
+      a.expert_weights[t * a.K + k] = score[static_cast<size_t>(e)] / denominator * a.scaling;
+    }
+  }
+}
+
 }  // namespace
 
+Flow::Done add_route(Flow& flow, const RouterArguments& a, Flow::Done needs) {
+  const size_t tasks = tasks_for(a.T, std::max<size_t>(1, kElementsPerTask / a.E), kMostTasks);
+  return flow.stage({tasks, needs, [=](size_t i) { route_some(a, a.T * i / tasks, a.T * (i + 1) / tasks); }});
+}
+
 void route(const RouterArguments& a, const Parallel& parallel) {
-  split(parallel, a.T, a.E, [&](size_t begin, size_t end) {
-    std::vector<float> score(a.E), choice(a.E);
-    Best groups(a.topk_group), experts(a.K);
-    for (size_t t = begin; t < end; ++t) {
-      const float* row = a.logits + t * a.E;
-      for (size_t e = 0; e < a.E; ++e) score[e] = sigmoid_f32(row[e]);
-      for (size_t e = 0; e < a.E; ++e) choice[e] = score[e] + a.bias[e];
-      if (a.topk_group < a.G) mask(choice, a.G, groups);
-      experts.clear();
-      for (size_t e = 0; e < a.E; ++e) experts.offer(choice[e], static_cast<int32_t>(e));
-      float sum = 0;
-      for (int32_t e : experts.ids()) sum += score[static_cast<size_t>(e)];
-      const float denominator = a.normalize ? sum + 1e-20f : 1.0f;
-      for (size_t k = 0; k < a.K; ++k) {
-        const int32_t e = experts.ids()[k];
-        a.expert_ids[t * a.K + k] = e;
-        a.expert_weights[t * a.K + k] = score[static_cast<size_t>(e)] / denominator * a.scaling;
-      }
-    }
-  });
+  Flow flow;
+  add_route(flow, a, 0);
+  flow.run(parallel);
 }
 
 }  // namespace glm

@@ -1,7 +1,7 @@
 // MoERouter without anything of ONNX Runtime.
 #pragma once
 
-#include "plugins/cpu/kernel.h"
+#include "plugins/cpu/flow.h"
 
 namespace glm {
 
@@ -15,6 +15,9 @@ struct RouterArguments {
   int32_t* expert_ids;    // [T, K]
   float* expert_weights;  // [T, K]
 };
+
+// Adds a stage to a flow. The logits are there when `needs` is done.
+Flow::Done add_route(Flow& flow, const RouterArguments& a, Flow::Done needs);
 
 void route(const RouterArguments& a, const Parallel& parallel);
 

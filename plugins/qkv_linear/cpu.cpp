@@ -19,8 +19,8 @@ class QkvLinearKernel : public Kernel {
     const LinearOperands k(run, 1 + kCount, with_scale, D), v(run, 1 + 2 * kCount, with_scale, D);
     x.expect({kAny, kAny, D});
     const LinearPart parts[] = {part(run, 0, x, q), part(run, 1, x, k), part(run, 2, x, v)};
-    linear({x.type(), x.data(), q.type(), static_cast<size_t>(x.rows()), static_cast<size_t>(D), parts, 3}, gemm_,
-           run.parallel());
+    linear({x.type(), x.data(), q.type(), x.type(), static_cast<size_t>(x.rows()), static_cast<size_t>(D), parts, 3},
+           gemm_, run.parallel());
   }
 
  private:
