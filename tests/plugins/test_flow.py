@@ -26,4 +26,3 @@ def test_a_stage_that_does_not_wait_is_seen(tmp_path: Path) -> None:
     done = run(tmp_path, "-DPLANTED")
     assert done.returncode != 0
     assert "data race" in done.stderr or "too early" in done.stderr
-
