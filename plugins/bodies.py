@@ -8,13 +8,14 @@ from typing import Literal
 import onnx
 from onnx import parser
 
-from glm_export.plugins.add_rms_norm.portable import ADD_RMS_NORM
+from glm_export.plugins.attention_block.portable import ATTENTION_BLOCK, FP8_ATTENTION_BLOCK
 from glm_export.plugins.cached_attention import tensorrt as tensorrt_attention
 from glm_export.plugins.cached_attention.portable import cached_attention
 from glm_export.plugins.fp8_cache_write.portable import FP8_CACHE_WRITE
 from glm_export.plugins.fp8_portable import FAKE_QUANTIZE_ROWS, ROUND_ROWS
 from glm_export.plugins.linear import tensorrt as tensorrt_linear
 from glm_export.plugins.linear.portable import FP8_LINEAR, LINEAR
+from glm_export.plugins.logits.portable import FP8_LOGITS, LOGITS
 from glm_export.plugins.moe_block.portable import FP8_MOE_BLOCK, MOE_BLOCK
 from glm_export.plugins.moe_experts import tensorrt as tensorrt_experts
 from glm_export.plugins.moe_experts.portable import FP8_MOE_EXPERTS, moe_experts
@@ -32,7 +33,10 @@ _TEXT_DTYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"
 TENSORRT_DOMAIN = "trt"
 """Of TensorRT's own ops in its bodies. TensorRT ignores it; other tools want a domain of which they know no op."""
 
-FUSED_BODIES = (ADD_RMS_NORM, QKV_LINEAR, FP8_QKV_LINEAR, MOE_BLOCK, FP8_MOE_BLOCK)
+FUSED_BODIES = (
+    *(QKV_LINEAR, FP8_QKV_LINEAR, ATTENTION_BLOCK, FP8_ATTENTION_BLOCK),
+    *(MOE_BLOCK, FP8_MOE_BLOCK, LOGITS, FP8_LOGITS),
+)
 
 Experts = Literal["plugin", "trt_moe", "decomposed"]
 """What computes router and experts in TensorRT: plugins; the router a plugin and the experts TRT_MoE; standard ops."""

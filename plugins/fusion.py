@@ -1,8 +1,10 @@
 """The graph with what always belongs together in one node, for the CPU kernels: threads wait for each other less often.
 
-    ResidualAdd -> RMSNorm                                                             AddRMSNorm
     Linear -> Reshape, three times, for q, k and v                                     QkvLinear
-    Linear -> MoERouter -> MoEExperts, beside Linear, Linear -> SiluMul -> Linear      MoEBlock
+    CachedAttention -> Reshape -> Linear -> ResidualAdd -> RMSNorm                     AttentionBlock
+    Linear -> MoERouter -> MoEExperts, beside Linear, Linear -> SiluMul -> Linear,
+        -> ResidualAdd of the two -> ResidualAdd -> RMSNorm                            MoEBlock
+    Cast -> Linear -> Squeeze                                                          Logits
 
 A fused op's portable body is the pattern that is looked for, so that the two can not differ. What a body computes only
 to reshape is left out, as graphs do that in other ways: a Reshape keeps all elements in order, and the declared shapes
@@ -29,6 +31,7 @@ _TYPES = {
     "bfloat16": onnx.TensorProto.BFLOAT16,
     "float16": onnx.TensorProto.FLOAT16,
     "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
+    "int64": onnx.TensorProto.INT64,
 }
 
 
@@ -97,11 +100,12 @@ class _Graph:
         self.proto = proto
         self.nodes: list[onnx.NodeProto | None] = list(proto.node)
         self.readers: defaultdict[str, list[int]] = defaultdict(list)
+        self.writer: dict[str, int] = {}
         for index, node in enumerate(proto.node):
             for name in _reads(node):
                 self.readers[name].append(index)
+            self.writer |= dict.fromkeys(node.output, index)
         self.outputs = {value.name for value in proto.output}
-        self.weights = {tensor.name for tensor in proto.initializer}
         self.types: dict[str, int] = {}
         self.shapes: dict[str, tuple[int | str, ...]] = {}
         for value in (*proto.input, *proto.value_info, *proto.output):
@@ -115,6 +119,7 @@ class _Graph:
         for index in indices:
             self.nodes[index] = None
         self.nodes[indices[0]] = node
+        self.writer |= dict.fromkeys(node.output, indices[0])
 
     def write(self) -> None:
         """Puts the nodes back, without those whose results nobody reads any more, nor what belongs to those."""
@@ -154,18 +159,23 @@ def _match(graph: _Graph, pattern: Sequence[onnx.NodeProto], match: _Match, star
         found = longer and _match(graph, rest, longer, start)
         if found:
             return found
-    if wanted.op_type == "Cast" and known and graph.types.get(known) == _FLOAT:
-        # A float32 value needs no Cast to float32, so that there is none.
-        same = _Match(match.nodes, match.values | {wanted.output[0]: known}, match.attributes)
-        return _match(graph, rest, same, start)
-    return None
+    if wanted.op_type != "Cast":
+        return None
+    # A float32 value needs no Cast to float32, so that there is none: what it would read and write are one value.
+    read, written = wanted.input[0], wanted.output[0]
+    same = _Match(match.nodes, match.values | {written: known}, match.attributes) if known else match
+    found = _match(graph, rest, same, start)
+    value = found.values[written] if found else ""
+    if not found or graph.types.get(value) != _FLOAT:
+        return None
+    return _Match(found.nodes, found.values | {read: value}, found.attributes)
 
 
 def _add(match: _Match, index: int, wanted: onnx.NodeProto, node: onnx.NodeProto) -> _Match | None:
     """The match with one node more, if that is what is wanted there."""
     if (node.op_type, node.domain) != (wanted.op_type, wanted.domain):
         return None
-    read = 1 if wanted.op_type == "Reshape" else None
+    read = 1 if wanted.op_type in ("Reshape", "Squeeze") else None
     pairs = [*_pairs(wanted.input[:read], node.input[:read]), *_pairs(wanted.output, node.output)]
     values = dict(match.values)
     for name, value in pairs:
@@ -197,7 +207,7 @@ def _node(graph: _Graph, op: OpSchema, match: _Match) -> onnx.NodeProto | None:
     for name in (name for node in nodes if node for name in node.output if name not in results):
         if name in graph.outputs or not within.issuperset(graph.readers[name]):
             return None
-    if not _inputs_fit(graph, op, match):
+    if not _inputs_fit(graph, op, match) or not _ones_fit(graph, op, match):
         return None
     attributes = [match.attributes[a.name] for a in op.attributes if a.name in match.attributes]
     if op.name.endswith("QkvLinear"):
@@ -205,11 +215,11 @@ def _node(graph: _Graph, op: OpSchema, match: _Match) -> onnx.NodeProto | None:
         if head_size is None:
             return None
         attributes.append(onnx.helper.make_attribute("head_size", head_size))
-    module = nodes[-1].name.rpartition("/")[0] if nodes[-1] else ""
+    module = nodes[0].name.rpartition("/")[0] if nodes[0] else ""
     return onnx.NodeProto(
         domain=DOMAIN,
         op_type=op.name,
-        name=f"{module}/{op.name}",
+        name=f"{module}/{op.name}".removeprefix("/"),
         input=[match.values[x.name] for x in op.inputs],
         output=[match.values[y.name] for y in op.outputs],
         attribute=attributes,
@@ -218,19 +228,29 @@ def _node(graph: _Graph, op: OpSchema, match: _Match) -> onnx.NodeProto | None:
 
 def _inputs_fit(graph: _Graph, op: OpSchema, match: _Match) -> bool:
     """Whether all inputs are there before the first node of the match, in types that the kernels take together."""
-    first = graph.nodes[match.nodes[0]]
-    assert first is not None
+    first = match.nodes[0]
     compute = set()
     for x in op.inputs:
         name = match.values[x.name]
         if name == "" and x.optional:
             continue
         kind = graph.types.get(name)
-        if kind not in (_TYPES[dtype] for dtype in x.dtypes) or not (name in graph.weights or name in first.input):
+        if kind not in (_TYPES[dtype] for dtype in x.dtypes) or graph.writer.get(name, -1) >= first:
             return False
-        if x.dtypes == COMPUTE:
+        if x.dtypes == COMPUTE and not x.name.endswith("_cache"):  # those have a dtype of their own
             compute.add(kind)
     return len(compute) == 1
+
+
+def _ones_fit(graph: _Graph, op: OpSchema, match: _Match) -> bool:
+    """Whether what has a 1 in the shapes of the schema is declared to have it there."""
+    for x in (*op.inputs, *op.outputs):
+        letters = x.shape.split(",")
+        if "1" in letters:
+            dims = graph.shapes.get(match.values[x.name], ())
+            if [d == 1 for d in dims] != [letter == "1" for letter in letters]:
+                return False
+    return True
 
 
 def _head_size(graph: _Graph, match: _Match) -> int | None:

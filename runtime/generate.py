@@ -126,11 +126,12 @@ def decode_step(session: Session, tokens: Sequence[int | None]) -> Floats:
     """
     if len(tokens) > session.batch:
         raise UsageError(f"{len(tokens)} tokens for {session.batch} rows: expected at most one per row.")
-    every = [*tokens, *[None] * (session.batch - len(tokens))]
-    tokens_B1 = np.array([[token or 0] for token in every], np.int64)
-    counts_B = np.array([token is not None for token in every], np.int64) if None in every else None
-    logits = session.step(tokens_B1, counts_B).logits
-    return logits if logits.ndim == 2 else logits[:, 0]
+    counts_B = None
+    if len(tokens) < session.batch or None in tokens:
+        counts_B = np.zeros(session.batch, np.int64)
+        counts_B[: len(tokens)] = [token is not None for token in tokens]
+    logits = session.step(session.next_tokens(tokens), counts_B).logits
+    return logits if session.contract.logits == "last" else logits[:, 0]
 
 
 def last_logits(output: StepOutput, counts_B: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Floats:

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from glm_export.plugins.finite import finite_logits
 from glm_export.plugins.library import Kernels, cpu_kernels, cpu_library, wants_kernels
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.contract import CACHE_DTYPES, Binding
 from glm_export.runtime.errors import BackendError, IntegrityError, ResourceError, UsageError, missing_library
-from glm_export.runtime.session import Array, Ints, Session, StepOutput, numpy_dtype
+from glm_export.runtime.session import Array, Floats, Ints, Session, StepOutput, numpy_dtype
 from glm_export.runtime.weights import mapped_weights
 
 LOG_SEVERITY = 3
@@ -42,6 +43,7 @@ class _Step:
     io: Any
     tokens: Array
     output: StepOutput
+    logits_address: int
 
 
 class OnnxRuntimeSession(Session):
@@ -82,6 +84,8 @@ class OnnxRuntimeSession(Session):
         _check_bindings(self._ort.get_inputs(), self.contract.inputs(self.cache_dtype), "inputs")
         _check_bindings(self._ort.get_outputs(), self.contract.outputs_of_step(self.cache_dtype), "outputs")
         self._steps: dict[int, _Step] = {}
+        self._finite_address = finite_logits(cpu_library() if self.kernels else None)
+        self._found_finite = False
 
     def cache(self, name: str) -> Array:
         """The KV cache `k_cache.{i}` or `v_cache.{i}`, [B,J,C,A]: a view on the CPU, a copy from a CUDA device."""
@@ -93,11 +97,16 @@ class OnnxRuntimeSession(Session):
 
     def _execute(self, tokens: Array, write_index_B: Ints, length_B: Ints) -> StepOutput:
         try:
-            step = self._steps.get(tokens.shape[1]) or self._bind(tokens.shape[1], write_index_B, length_B)
-            step.tokens[...] = tokens
+            # The array for the next tokens is bound itself.
+            new = 1 if tokens is self._next else tokens.shape[1]
+            step = self._steps.get(new) or self._bind(new, write_index_B, length_B)
+            if tokens is not step.tokens:
+                step.tokens[...] = tokens
+            self._finite_address[0] = 0
             started = time.perf_counter()
             self._ort.run_with_iobinding(step.io)
             self.engine_seconds = time.perf_counter() - started
+            self._found_finite = self._finite_address[0] == step.logits_address
         except Exception as error:
             if isinstance(error, MemoryError) or "allocate memory" in str(error) or "bad_alloc" in str(error):
                 raise ResourceError(
@@ -111,6 +120,9 @@ class OnnxRuntimeSession(Session):
             return StepOutput(logits=output.logits, extras=extras)
         return output
 
+    def _all_finite(self, logits: Floats) -> bool:
+        return self._found_finite or super()._all_finite(logits)
+
     def _bind(self, new: int, write_index_B: Ints, length_B: Ints) -> _Step:
         """Binds every input and output for S = `new` and remembers the binding."""
         # Decoding (S = 1) alternates with chunks of one other size: those two are worth keeping.
@@ -118,7 +130,8 @@ class OnnxRuntimeSession(Session):
         io = self._ort.io_binding()
         tokens, _, _, *caches = self.contract.inputs(self.cache_dtype)
         dims = {"B": self.batch, "S": new, "T": self.batch * new, "C": self.capacity}
-        token_buffer = np.empty(_shape(tokens, dims), numpy_dtype(tokens.dtype))
+        is_next = new == 1 and not self.contract.inputs_embeds
+        token_buffer = self._next if is_next else np.empty(_shape(tokens, dims), numpy_dtype(tokens.dtype))
         self._bind_input(io, tokens.name, token_buffer)
         self._bind_input(io, "write_index", write_index_B)
         self._bind_input(io, "length", length_B)
@@ -134,8 +147,9 @@ class OnnxRuntimeSession(Session):
             else:
                 buffer = outputs[binding.name] = np.empty(_shape(binding, dims), numpy_dtype(binding.dtype))
                 io.bind_output(binding.name, "cpu", 0, kind, buffer.shape, buffer.ctypes.data)
-        output = StepOutput(logits=outputs.pop("logits"), extras=outputs)
-        step = self._steps[new] = _Step(io=io, tokens=token_buffer, output=output)
+        logits = outputs.pop("logits")
+        output, address = StepOutput(logits=logits, extras=outputs), logits.ctypes.data
+        step = self._steps[new] = _Step(io=io, tokens=token_buffer, output=output, logits_address=address)
         return step
 
     def _bind_input(self, io: Any, name: str, buffer: Array) -> None:

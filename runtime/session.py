@@ -71,9 +71,10 @@ class Session(ABC):
                 "the number of positions of the model."
             )
         self.closed = False
-        self._length = np.zeros(self.batch, np.int64)
-        self._after = np.zeros(self.batch, np.int64)
-        self._all_new = np.zeros(self.batch, np.int64)
+        self._length, self._length_view = _viewed(self.batch)  # during a step already as after it
+        self._before, self._before_view = _viewed(self.batch)
+        next_B, self._next_view = _viewed(self.batch)
+        self._next = next_B[:, None]
 
     @property
     def length(self) -> Ints:
@@ -94,6 +95,16 @@ class Session(ABC):
                 raise UsageError(f"There is no row {row}: the session has rows 0..{self.batch - 1}.")
         self._length[list(chosen)] = 0
 
+    def next_tokens(self, tokens: Sequence[int | None]) -> Ints:
+        """One token per row as `step` takes them, [B,1]; 0 where there is none.
+
+        It is an array of the session, the same at every call: with that one a step neither allocates nor copies.
+        """
+        view = self._next_view
+        for row in range(self.batch):
+            view[row] = (tokens[row] if row < len(tokens) else None) or 0
+        return self._next
+
     def step(self, tokens: Array, counts: Array | None = None) -> StepOutput:
         """Appends tokens to every row and computes their logits.
 
@@ -113,24 +124,28 @@ class Session(ABC):
         if self.closed:
             raise UsageError("The session is closed: open another one.")
         tokens = self._checked_tokens(tokens)
-        if self.max_step_tokens is not None and tokens.shape[1] > self.max_step_tokens:
+        new = 1 if tokens is self._next else tokens.shape[1]
+        if self.max_step_tokens is not None and new > self.max_step_tokens:
             raise UsageError(
                 f"A step of this engine takes at most {self.max_step_tokens} new tokens per row, not "
-                f"{tokens.shape[1]}: feed them in several steps, as `prefill` does."
+                f"{new}: feed them in several steps, as `prefill` does."
             )
-        taken = self._checked_counts(counts, tokens.shape[1])
-        self._check_capacity(tokens.shape[1], taken)
-        after = np.add(self._length, taken, out=self._after)
+        taken = [new] * self.batch if counts is None else self._checked_counts(counts, new)
+        self._check_capacity(new, taken)
+        before, length = self._before_view, self._length_view
+        for row, count in enumerate(taken):
+            before[row] = held = length[row]
+            length[row] = held + count
         try:
-            output = self._execute(tokens, self._length, after)
-            if not all_finite(output.logits):
+            output = self._execute(tokens, self._before, self._length)
+            if not self._all_finite(output.logits):
                 self._refuse_valid_nonfinite(output.logits, taken)
-                self._clear(after)
-        except Exception:
+                self._clear(self._length)
+        except BaseException:  # an interrupt too
+            self._length[:] = self._before
             # What was written there may be NaN, and a masked NaN still poisons attention.
             self._clear(self._length)
             raise
-        self._length[:] = after
         return output
 
     def close(self) -> None:
@@ -160,28 +175,25 @@ class Session(ABC):
     def _close(self) -> None:
         """Frees everything."""
 
+    def _all_finite(self, logits: Floats) -> bool:
+        """Whether the logits of the step that was just executed are."""
+        return all_finite(logits)
+
     @abstractmethod
     def cache(self, name: str) -> Array:
         """The KV cache `k_cache.{i}` or `v_cache.{i}`, [B,J,C,A]: a view where it lies in host memory, else a copy."""
 
     def _checked_tokens(self, tokens: Array) -> Array:
-        embeds = self.contract.inputs_embeds
-        wanted = f"[{self.batch},S,{self.contract.hidden_size}]" if embeds else f"[{self.batch},S]"
-        shape = tokens.shape
-        ok = len(shape) == (3 if embeds else 2) and shape[0] == self.batch and shape[1] >= 1
-        if not ok or (embeds and shape[2] != self.contract.hidden_size):
-            raise UsageError(f"The new tokens have shape {list(shape)}, expected {wanted} with S of at least 1.")
-        if embeds:
-            compute = numpy_dtype(self.contract.compute_dtype)
-            if tokens.dtype not in (compute, np.float32):
-                raise UsageError(f"The embeddings are {tokens.dtype}, expected float32 or {compute}: convert them.")
-            tokens = tokens.astype(compute, copy=False)
-            if not np.isfinite(tokens).all():
-                raise InputError("An embedding is not a finite number in the engine's dtype: check where it came from.")
-            return tokens
-        if tokens.dtype != np.int64:
-            raise UsageError(f"The new tokens are {tokens.dtype}, expected int64: convert them.")
-        if _min(tokens) < 0 or _max(tokens) >= self.contract.vocab_size:
+        if self.contract.inputs_embeds:
+            return self._checked_embeddings(tokens)
+        if tokens is self._next:
+            low, high = min(self._next_view), max(self._next_view)
+        else:
+            self._check_shape(tokens)
+            if tokens.dtype != np.int64:
+                raise UsageError(f"The new tokens are {tokens.dtype}, expected int64: convert them.")
+            low, high = tokens.min(), tokens.max()
+        if low < 0 or high >= self.contract.vocab_size:
             row, position = np.argwhere((tokens < 0) | (tokens >= self.contract.vocab_size))[0].tolist()
             raise InputError(
                 f"The token id {tokens[row, position]} (row {row}, new token {position}) is not in the vocabulary: "
@@ -189,50 +201,63 @@ class Session(ABC):
             )
         return tokens
 
-    def _checked_counts(self, counts: Array | None, new: int) -> Ints:
-        if counts is None:
-            self._all_new.fill(new)
-            return self._all_new
+    def _checked_embeddings(self, tokens: Array) -> Array:
+        self._check_shape(tokens, self.contract.hidden_size)
+        compute = numpy_dtype(self.contract.compute_dtype)
+        if tokens.dtype not in (compute, np.float32):
+            raise UsageError(f"The embeddings are {tokens.dtype}, expected float32 or {compute}: convert them.")
+        tokens = tokens.astype(compute, copy=False)
+        if not np.isfinite(tokens).all():
+            raise InputError("An embedding is not a finite number in the engine's dtype: check where it came from.")
+        return tokens
+
+    def _check_shape(self, tokens: Array, *wanted: int) -> None:
+        shape = tokens.shape
+        if len(shape) != 2 + len(wanted) or shape[0] != self.batch or shape[1] < 1 or shape[2:] != wanted:
+            expected = ",".join(map(str, (self.batch, "S", *wanted)))
+            raise UsageError(f"The new tokens have shape {list(shape)}, expected [{expected}] with S of at least 1.")
+
+    def _checked_counts(self, counts: Array, new: int) -> list[int]:
         if counts.shape != (self.batch,) or counts.dtype.kind not in "iu":
             raise UsageError(f"counts must be [{self.batch}] integers, one per row.")
-        if _min(counts) < 0 or _max(counts) > new:
-            raise UsageError(f"counts are {counts.tolist()}: each must be 0..{new}, the number of new tokens.")
-        return counts.astype(np.int64, copy=False)
+        taken: list[int] = counts.tolist()
+        if min(taken) < 0 or max(taken) > new:
+            raise UsageError(f"counts are {taken}: each must be 0..{new}, the number of new tokens.")
+        return taken
 
-    def _check_capacity(self, new: int, taken: Ints) -> None:
+    def _check_capacity(self, new: int, taken: list[int]) -> None:
         # Padding is written too, and targets drop a write beyond the capacity without a word.
-        row = int(self._length.argmax())
-        held = self._length.item(row)
+        held = max(self._length_view)
         if held + new > self.capacity:
+            row = int(self._length.argmax())
             raise ResourceError(
                 f"Row {row} holds {held} tokens and {new} more ({taken[row]} its own, the rest padding) "
                 f"do not fit the capacity {self.capacity}: open the session with a larger capacity, or reset the row."
             )
 
-    def _refuse_valid_nonfinite(self, logits: Floats, taken: Ints) -> None:
+    def _refuse_valid_nonfinite(self, logits: Floats, taken: list[int]) -> None:
         for row in range(self.batch):
             own = logits[row, : taken[row]] if logits.ndim == 3 else logits[row]
             if taken[row] and not all_finite(own):
                 raise AccuracyError(
-                    f"The engine computed logits that are not finite (row {row}, after {self._length[row]} tokens): "
+                    f"The engine computed logits that are not finite (row {row}, after {self._before[row]} tokens): "
                     "run `glm-export verify` and `glm-export validate` on the bundle."
                 )
 
 
 # After an engine has streamed gigabytes of weights, nothing of Python or NumPy is left in the CPU's caches, and a step
-# pays for every piece of code that it touches for the first time. argmin and argmax touch the least, allocate nothing,
-# and go over the numbers once.
-def _min(x: Array) -> Any:
-    return x.item(x.argmin())
-
-
-def _max(x: Array) -> Any:
-    return x.item(x.argmax())
+# pays for every piece of code and memory that it touches for the first time; NumPy's for small arrays is the dearest.
+# So there are lists for what is a few numbers, a memory view to fill an array, and of NumPy what touches least.
+def _viewed(batch: int) -> tuple[Ints, memoryview]:
+    """Zeros [B] and a view to fill them."""
+    array = np.zeros(batch, np.int64)
+    return array, memoryview(array)  # type: ignore[arg-type]
 
 
 def all_finite(x: Array) -> bool:
     """Whether there is neither NaN nor infinity in `x`: to NumPy a NaN is both the smallest and the largest number."""
-    return math.isfinite(_max(x)) and math.isfinite(_min(x))
+    spread: float = x.item(x.argmax()) - x.item(x.argmin())
+    return spread < math.inf  # as Python's numbers: no float32 is too large for them
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -27,7 +27,8 @@ struct TypedOp : OrtCustomOp {
 struct LiveKernel {
   const OrtApi* api;
   const Op& op;
-  std::unique_ptr<Kernel> kernel;
+  const Known known;
+  const std::unique_ptr<Kernel> kernel;
 };
 
 // Runs a body that may throw; what it throws becomes a status that begins with `where`.
@@ -89,13 +90,13 @@ TypedOp::TypedOp(const Op& op, std::vector<Type> types) : OrtCustomOp{}, op(op),
   GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
   CreateKernelV2 = [](const OrtCustomOp* self, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
     const Op& op = typed(self).op;
-    return guarded(api, op.name, [&] { *kernel = new LiveKernel{api, op, op.make(Node(api, info))}; });
+    return guarded(api, op.name, [&] { *kernel = new LiveKernel{api, op, {api, info, op}, op.make(Node(api, info))}; });
   };
   KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     const LiveKernel& live = *static_cast<LiveKernel*>(kernel);
     const auto start = std::chrono::steady_clock::now();
     OrtStatus* status = guarded(live.api, live.op.name, [&] {
-      Run run(live.api, context, live.op);
+      Run run(live.api, context, live.op, live.known);
       live.kernel->compute(run);
     });
     work().nanoseconds +=

@@ -1,5 +1,6 @@
 #include "plugins/cpu/op.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <exception>
@@ -68,14 +69,14 @@ int64_t Tensor::rows() const {
   return result;
 }
 
-void Tensor::expect(const Dims& shape) const {
-  bool same = shape.size() == rank_;
+void Tensor::expect(Shape shape) const {
+  const int64_t* wanted = shape.begin();
+  bool same = shape.rank() == rank_;
   for (size_t i = 0; same && i < rank_; ++i) {
-    same = shape[i] == kAny || shape[i] == dims_[i] || (shape[i] == kPositive && dims_[i] > 0);
+    same = wanted[i] == kAny || wanted[i] == dims_[i] || (wanted[i] == kPositive && dims_[i] > 0);
   }
   if (!same) {
-    throw Error(std::string(name_) + " is " + text(dims_, rank_) + ", expected " + text(shape.data(), shape.size()) +
-                ".");
+    throw Error(std::string(name_) + " is " + text(dims_, rank_) + ", expected " + text(wanted, shape.rank()) + ".");
   }
 }
 
@@ -96,23 +97,41 @@ float Node::real(const char* name) const {
   return value;
 }
 
+Known::Known(const ort::OrtApi* api, const ort::OrtKernelInfo* info, const Op& op) : constants(op.inputs.size()) {
+  check(api, ort::KernelInfo_GetInputCount(api, info, &inputs));
+  check(api, ort::KernelInfo_GetOutputCount(api, info, &outputs));
+  std::vector<Tensor> found(op.inputs.size());
+  size_t ranks = 0;
+  for (size_t i = 0; i < std::min(inputs, op.inputs.size()); ++i) {
+    int is_constant = 0;
+    const ort::OrtValue* value = nullptr;
+    check(api, ort::KernelInfoGetConstantInput_tensor(api, info, i, &is_constant, &value));
+    if (is_constant) found[i] = tensor_of(api, op.inputs[i].name, value);
+    ranks += found[i].rank();
+  }
+  dims_.reserve(ranks);  // so that none is moved
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (!found[i].present()) continue;
+    const int64_t* dims = dims_.data() + dims_.size();
+    dims_.insert(dims_.end(), found[i].shape().begin(), found[i].shape().end());
+    constants[i] = Tensor(op.inputs[i].name, found[i].type(), found[i].data(), dims, found[i].rank());
+  }
+}
+
 Tensor Run::input(size_t index) const {
-  size_t count = 0;
-  check(api_, ort::KernelContext_GetInputCount(api_, context_, &count));
+  if (known_.constants.at(index).present()) return known_.constants[index];
   const ort::OrtValue* value = nullptr;
-  if (index < count) check(api_, ort::KernelContext_GetInput(api_, context_, index, &value));
-  const Operand& operand = op_.inputs.at(index);
+  if (index < known_.inputs) check(api_, ort::KernelContext_GetInput(api_, context_, index, &value));
+  const Operand& operand = op_.inputs[index];
   if (value) return tensor_of(api_, operand.name, value);
   if (!operand.optional) throw Error(std::string("input ") + operand.name + " is missing.");
   return Tensor();
 }
 
-Tensor Run::output(size_t index, const Dims& dims) {
-  size_t count = 0;
-  check(api_, ort::KernelContext_GetOutputCount(api_, context_, &count));
+Tensor Run::output(size_t index, Shape shape) {
   ort::OrtValue* value = nullptr;
-  if (index < count) {
-    check(api_, ort::KernelContext_GetOutput(api_, context_, index, dims.data(), dims.size(), &value));
+  if (index < known_.outputs) {
+    check(api_, ort::KernelContext_GetOutput(api_, context_, index, shape.begin(), shape.rank(), &value));
   }
   const Operand& operand = op_.outputs.at(index);
   if (value) return tensor_of(api_, operand.name, value);

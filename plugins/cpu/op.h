@@ -19,6 +19,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -54,7 +55,20 @@ struct Operand {
   bool optional = false;
 };
 
-using Dims = std::vector<int64_t>;
+// Dimensions, of a tensor or in braces. It refers to them: they must outlive it, which braces do as an argument.
+class Shape {
+ public:
+  Shape(const int64_t* dims, size_t rank) : dims_(dims), rank_(rank) {}
+  Shape(std::initializer_list<int64_t> dims) : rank_(dims.size()) { dims_ = dims.begin(); }
+
+  size_t rank() const { return rank_; }
+  const int64_t* begin() const { return dims_; }
+  const int64_t* end() const { return dims_ + rank_; }
+
+ private:
+  const int64_t* dims_;
+  size_t rank_;
+};
 
 // Sizes for Tensor::expect. Only the number of tokens may be zero: kernels need not think about empty sums.
 constexpr int64_t kAny = -1;
@@ -83,10 +97,10 @@ class Tensor {
   // The product of all dimensions, or of all but the last: the rows of [..., D].
   int64_t size() const;
   int64_t rows() const;
-  Dims shape() const { return Dims(dims_, dims_ + rank_); }
+  Shape shape() const { return {dims_, rank_}; }
 
   // Throws Error unless the shape is this one, which may have kAny and kPositive in it.
-  void expect(const Dims& shape) const;
+  void expect(Shape shape) const;
   // Throws Error unless the last dimension is D, whatever those before it.
   void expect_rows_of(int64_t D) const;
 
@@ -113,15 +127,32 @@ class Node {
 
 struct Op;
 
+// What is known of a node before it runs: how many operands it has, and the inputs that never change, which are the
+// weights. To ask ONNX Runtime for them at every run would cost as much as a small kernel: after gigabytes of weights
+// none of its records is in the caches any more, and each is a wait for memory. Here they lie one behind the other.
+class Known {
+ public:
+  Known(const ort::OrtApi* api, const ort::OrtKernelInfo* info, const Op& op);
+  Known(const Known&) = delete;
+  Known& operator=(const Known&) = delete;
+
+  size_t inputs = 0, outputs = 0;
+  std::vector<Tensor> constants;  // by input; not present() where it is no constant
+
+ private:
+  std::vector<int64_t> dims_;  // of the constants
+};
+
 // One run of a node: its inputs, its outputs and the threads.
 class Run : private Parallel {
  public:
-  Run(const ort::OrtApi* api, ort::OrtKernelContext* context, const Op& op) : api_(api), context_(context), op_(op) {}
+  Run(const ort::OrtApi* api, ort::OrtKernelContext* context, const Op& op, const Known& known)
+      : api_(api), context_(context), op_(op), known_(known) {}
 
   Tensor input(size_t index) const;
   // Allocates the output, or takes what the caller bound to it; not present() if it is optional and not asked for.
   // Where the caller bound input and output to one buffer, both have the same data(): nothing is to be copied then.
-  Tensor output(size_t index, const Dims& dims);
+  Tensor output(size_t index, Shape shape);
 
   // Runs tasks on ONNX Runtime's threads. What a task throws is thrown again here.
   const Parallel& parallel() const { return *this; }
@@ -136,6 +167,7 @@ class Run : private Parallel {
   const ort::OrtApi* api_;
   ort::OrtKernelContext* context_;
   const Op& op_;
+  const Known& known_;
 };
 
 // A node's kernel. It is made with the session, the place to read attributes and isa(); compute may run on several

@@ -62,8 +62,12 @@ constexpr Entry<85, OrtStatus*(const OrtKernelInfo* info, const char* name, floa
 constexpr Entry<86, OrtStatus*(const OrtKernelInfo* info, const char* name, int64_t* value)>
     KernelInfoGetAttribute_int64;
 
-constexpr Entry<88, OrtStatus*(const OrtKernelContext* context, size_t* count)> KernelContext_GetInputCount;
-constexpr Entry<89, OrtStatus*(const OrtKernelContext* context, size_t* count)> KernelContext_GetOutputCount;
+constexpr Entry<230, OrtStatus*(const OrtKernelInfo* info, size_t* count)> KernelInfo_GetInputCount;
+constexpr Entry<231, OrtStatus*(const OrtKernelInfo* info, size_t* count)> KernelInfo_GetOutputCount;
+// The value belongs to the session; it is not set where the input is no constant.
+constexpr Entry<249, OrtStatus*(const OrtKernelInfo* info, size_t index, int* is_constant, const OrtValue** value)>
+    KernelInfoGetConstantInput_tensor;
+
 // The value is null where an optional input is absent, or an optional output not asked for.
 constexpr Entry<90, OrtStatus*(const OrtKernelContext* context, size_t index, const OrtValue** value)>
     KernelContext_GetInput;

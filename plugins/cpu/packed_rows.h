@@ -66,16 +66,16 @@ class PackedRows {
   Flow::Done pack(Flow& flow, const Gemm& g, Form form, Type type, const void* x, size_t count, size_t width,
                   Flow::Done needs) {
     resize(g, form, count, width);
-    const size_t tasks = tasks_for(count, std::max<size_t>(1, kPackedPerTask / width), kMostStreams);
-    return flow.stage({tasks, needs, [=, &g](size_t i) {
-                         thread_local std::vector<float> row;
-                         if (row.size() < width) row.resize(width);
-                         for (size_t t = count * i / tasks; t < count * (i + 1) / tasks; ++t) {
-                           const float* values = load_f32(type, x, t * width, width, row.data());
-                           if (values != row.data()) std::copy(values, values + width, row.data());
-                           set(g, t, row.data());
-                         }
-                       }});
+    const auto pack_some = [=, &g](size_t begin, size_t end) {
+      thread_local std::vector<float> row;
+      if (row.size() < width) row.resize(width);
+      for (size_t t = begin; t < end; ++t) {
+        const float* values = load_f32(type, x, t * width, width, row.data());
+        if (values != row.data()) std::copy(values, values + width, row.data());
+        set(g, t, row.data());
+      }
+    };
+    return split(flow, needs, count, width, pack_some, kPackedPerTask);
   }
 
   const void* const* pointers() const { return pointers_.data(); }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "plugins/cpu/flow.h"
 #include "plugins/cpu/kernel.h"
 
 namespace glm {
@@ -110,12 +111,21 @@ inline float exp_f32(float x) {
 
 inline float sigmoid_f32(float x) { return 1.0f / (1.0f + exp_f32(-x)); }
 
-// Splits `count` items evenly: task(begin, end) for each part, with `size` elements per item.
+// Splits `count` items evenly: task(begin, end) for each part, with `size` elements per item. As a stage of a flow.
+template <class Task>
+Flow::Done split(Flow& flow, Flow::Done needs, size_t count, size_t size, const Task& task,
+                 size_t elements_per_task = kElementsPerTask) {
+  const size_t per_task = std::max<size_t>(1, elements_per_task / std::max<size_t>(1, size));
+  const size_t tasks = tasks_for(count, per_task, kMostTasks);
+  return flow.stage({tasks, needs, [=](size_t i) { task(count * i / tasks, count * (i + 1) / tasks); }});
+}
+
+// In a loop of its own.
 template <class Task>
 void split(const Parallel& parallel, size_t count, size_t size, const Task& task) {
-  const size_t per_task = std::max<size_t>(1, kElementsPerTask / std::max<size_t>(1, size));
-  const size_t tasks = tasks_for(count, per_task, kMostTasks);
-  parallel(tasks, [&](size_t i) { task(count * i / tasks, count * (i + 1) / tasks); });
+  Flow flow;
+  split(flow, 0, count, size, task);
+  flow.run(parallel);
 }
 
 }  // namespace

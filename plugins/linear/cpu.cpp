@@ -13,9 +13,9 @@ class LinearKernel : public Kernel {
     const Tensor x = run.input(0);
     const LinearOperands weight(run, 1, with_scale);
     x.expect_rows_of(weight.width());
-    Dims shape = x.shape();
+    std::vector<int64_t> shape(x.shape().begin(), x.shape().end());
     shape.back() = weight.out_size();
-    const LinearPart part = weight.part(run.output(0, shape));
+    const LinearPart part = weight.part(run.output(0, {shape.data(), shape.size()}));
     linear({x.type(), x.data(), weight.type(), x.type(), static_cast<size_t>(x.rows()),
             static_cast<size_t>(weight.width()), &part, 1},
            gemm_, run.parallel());

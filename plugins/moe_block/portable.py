@@ -1,8 +1,8 @@
 """Every E4M3 weight goes through an Identity, for ONNX Runtime, as in qkv_linear/portable.py."""
 
 _BODY = """
-NAME <top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor>
-    (x, router_weight, correction_bias, WEIGHTS) => (y) {
+NAME <top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor, epsilon>
+    (x, router_weight, correction_bias, WEIGHTS, residual, norm_weight) => (sum, y) {
 IDENTITIES  any = Constant <value_ints: ints = [-1]> ()
   hidden_size = Shape <start: int = -1> (x)
   shape_TD = Concat <axis: int = 0> (any, hidden_size)
@@ -23,7 +23,9 @@ IDENTITIES  any = Constant <value_ints: ints = [-1]> ()
   up = PREFIXLinear (x, UP, "")
   h = SiluMul (gate, up)
   shared = PREFIXLinear (h, DOWN, "")
-  y = ResidualAdd (routed, shared)
+  update = ResidualAdd (routed, shared)
+  sum = ResidualAdd (residual, update)
+  y = RMSNorm <epsilon: float = @epsilon> (sum, norm_weight)
 }
 """
 

@@ -1,5 +1,7 @@
+from glm_export.plugins.attention_block.schema import RESIDUAL, SUM_AND_NORM
 from glm_export.plugins.moe_experts.schema import FP8_MOE_EXPERTS, MOE_EXPERTS
 from glm_export.plugins.moe_router.schema import MOE_ROUTER
+from glm_export.plugins.rms_norm.schema import RMS_NORM
 from glm_export.plugins.schema import COMPUTE, FLOAT32, FP8, OpSchema, Tensor
 
 _ROUTING = (
@@ -7,7 +9,6 @@ _ROUTING = (
     Tensor(name="router_weight", shape="E,D", dtypes=FLOAT32, meaning="one row per expert"),
     MOE_ROUTER.inputs[1],
 )
-_Y = Tensor(name="y", shape="B,S,D", dtypes=COMPUTE, meaning="routed plus shared experts, in the dtype of x")
 
 
 def _shared(name: str, rows: str, columns: str, dtypes: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -26,6 +27,7 @@ def _inputs(experts: OpSchema, dtypes: tuple[str, ...]) -> tuple[Tensor, ...]:
         *_shared("shared_gate", "N", "D", dtypes),
         *_shared("shared_up", "N", "D", dtypes),
         *_shared("shared_down", "D", "N", dtypes),
+        *RESIDUAL,
     )
 
 
@@ -33,16 +35,17 @@ MOE_BLOCK = OpSchema(
     name="MoEBlock",
     torch_name=None,
     inputs=_inputs(MOE_EXPERTS, COMPUTE),
-    outputs=(_Y,),
-    attributes=MOE_ROUTER.attributes,
-    doc="y = MoEExperts(x, MoERouter(Linear(x as float32))) + the shared expert's Linear(SiluMul(Linear, Linear)).",
+    outputs=SUM_AND_NORM,
+    attributes=(*MOE_ROUTER.attributes, *RMS_NORM.attributes),
+    doc="sum = residual + (MoEExperts(x, MoERouter(Linear(x as float32))) + the shared expert's Linear(SiluMul(Linear, "
+    "Linear))), y = RMSNorm(sum).",
 )
 
 FP8_MOE_BLOCK = OpSchema(
     name="FP8MoEBlock",
     torch_name=None,
     inputs=_inputs(FP8_MOE_EXPERTS, FP8),
-    outputs=(_Y,),
-    attributes=MOE_ROUTER.attributes,
+    outputs=SUM_AND_NORM,
+    attributes=(*MOE_ROUTER.attributes, *RMS_NORM.attributes),
     doc="MoEBlock with FP8MoEExperts and FP8Linear; the router stays float32.",
 )

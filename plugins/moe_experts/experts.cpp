@@ -118,12 +118,10 @@ class Stages {
         weight_bytes_(size_of(a.weight_type)),
         few_(a.T * a.K <= kFewRows * a.E) {}
 
-  // Returns the number of experts that any token chose.
-  template <class Choose>
-  size_t run(const Choose& choose, const Parallel& parallel) {
-    Flow flow;
+  // Adds the stages to a flow, which is to run before this ends; returns the last one. Ids and weights are there when
+  // `chosen` is done.
+  Flow::Done add(Flow& flow, Flow::Done chosen) {
     const Flow::Done packed = m_.x.pack(flow, g_, form_, a_.x_type, a_.hidden, a_.T, a_.D, 0);
-    const Flow::Done chosen = choose(flow);
     const Flow::Done sorted = flow.stage({1, chosen | packed, [&](size_t) { sort(); }});
     Flow::Done active = 0;
     if (a_.shared) {
@@ -136,10 +134,11 @@ class Stages {
     const size_t runs = std::min(a_.T * a_.K, a_.E) + a_.T * a_.K / kRowsPerTask;
     routed_ = group(sorted_.runs, runs, a_.T * a_.K, a_.F, m_.routed, m_.routed_hidden);
     active |= activate(flow, routed_, runs, sorted);
-    combine(flow, active);
-    flow.run(parallel);
-    return sorted_.experts;
+    return combine(flow, active);
   }
+
+  // The number of experts that any token chose, when the flow has run.
+  size_t needed() const { return sorted_.experts; }
 
  private:
   void sort() {
@@ -207,14 +206,14 @@ class Stages {
   }
 
   // Adds the stage of out = the sum of what the experts give, by their weights.
-  void combine(Flow& flow, Flow::Done needs) {
+  Flow::Done combine(Flow& flow, Flow::Done needs) {
     const size_t most = few_ ? kStreamBytes / (a_.F * weight_bytes_) : std::max<size_t>(a_.D / 8, 128);
     const size_t columns = std::min(a_.D, ceil_div(std::max<size_t>(most, 1), 8) * 8);
     const auto multiply = [this, columns](size_t task) {
       const size_t first = task * columns;
       combine_block(first, std::min(columns, a_.D - first));
     };
-    flow.stage({ceil_div(a_.D, columns), needs, multiply});
+    return flow.stage({ceil_div(a_.D, columns), needs, multiply});
   }
 
   void combine_block(size_t first, size_t n) const {
@@ -268,7 +267,7 @@ class Stages {
 
 }  // namespace
 
-size_t experts(const ExpertsArguments& a, const Gemm& g, const Parallel& parallel, const Chooser& choose) {
+size_t experts(const ExpertsArguments& a, const Gemm& g, const Parallel& parallel, const Around& around) {
   thread_local Intermediate memory;
   size_t needed = 0;
   for (size_t start = 0; start < a.T; start += kTokensAtATime) {
@@ -278,8 +277,12 @@ size_t experts(const ExpertsArguments& a, const Gemm& g, const Parallel& paralle
     part.out = static_cast<uint8_t*>(a.out) + start * a.D * size_of(a.x_type);
     part.expert_ids += start * a.K;
     part.expert_weights += start * a.K;
-    const auto choose_part = [&](Flow& flow) { return choose ? choose(flow, start, part.T) : Flow::Done{0}; };
-    needed += Stages(part, g, memory).run(choose_part, parallel);
+    Flow flow;
+    Stages stages(part, g, memory);
+    const Flow::Done out = stages.add(flow, around.before ? around.before(flow, start, part.T) : 0);
+    if (around.after) around.after(flow, start, part.T, out);
+    flow.run(parallel);
+    needed += stages.needed();
   }
   return needed;
 }

@@ -34,13 +34,16 @@ struct ExpertsArguments {
   const SharedExpert* shared;  // or null; its output, rounded, is added to that of the others, rounded
 };
 
-// Adds stages to a flow that find the expert ids and weights of the tokens first .. first + count; returns what is to
-// be waited for.
-using Chooser = std::function<Flow::Done(Flow& flow, size_t first, size_t count)>;
+// What goes on in the same flow, for the tokens first .. first + count.
+struct Around {
+  // Adds the stages that find expert ids and weights, which otherwise are there; returns the last one.
+  std::function<Flow::Done(Flow& flow, size_t first, size_t count)> before;
+  // Adds stages that need the output.
+  std::function<void(Flow& flow, size_t first, size_t count, Flow::Done out)> after;
+};
 
-// Without a chooser, ids and weights are there. Returns how many experts' weights were needed: each counts once,
-// however many tokens chose it, but again for every 1024 tokens. Throws std::invalid_argument when an expert id is not
-// in 0 .. E-1.
-size_t experts(const ExpertsArguments& a, const Gemm& gemm, const Parallel& parallel, const Chooser& choose = nullptr);
+// Returns how many experts' weights were needed: each counts once, however many tokens chose it, but again for every
+// 1024 tokens. Throws std::invalid_argument when an expert id is not in 0 .. E-1.
+size_t experts(const ExpertsArguments& a, const Gemm& gemm, const Parallel& parallel, const Around& around = {});
 
 }  // namespace glm

@@ -83,8 +83,7 @@ void route_some(const RouterArguments& a, size_t begin, size_t end) {
 }  // namespace
 
 Flow::Done add_route(Flow& flow, const RouterArguments& a, Flow::Done needs) {
-  const size_t tasks = tasks_for(a.T, std::max<size_t>(1, kElementsPerTask / a.E), kMostTasks);
-  return flow.stage({tasks, needs, [=](size_t i) { route_some(a, a.T * i / tasks, a.T * (i + 1) / tasks); }});
+  return split(flow, needs, a.T, a.E, [=](size_t begin, size_t end) { route_some(a, begin, end); });
 }
 
 void route(const RouterArguments& a, const Parallel& parallel) {

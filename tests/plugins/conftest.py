@@ -312,7 +312,8 @@ def one_node_model(name: str, types: Types, outputs: int, attributes: tuple[tupl
         [helper.make_tensor_value_info(n, ONNX_DTYPES[dtype], [None] * rank) for n, (dtype, rank) in present],
         [_output(schema, dict(present), present[0][1]) for schema in op.outputs[:outputs]],
     )
-    functions = portable_functions(compute_dtype=str(compute).removeprefix("torch."), attentions=outputs == 4)
+    attentions = any(schema.name == "attentions" for schema in op.outputs[:outputs])
+    functions = portable_functions(compute_dtype=str(compute).removeprefix("torch."), attentions=attentions)
     model = helper.make_model(
         graph,
         functions=_with_callees(name, {f.name: f for f in functions}),

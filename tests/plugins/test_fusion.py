@@ -19,6 +19,7 @@ from glm_export.plugins import fusion
 from glm_export.plugins.fusion import fuse
 from glm_export.plugins.library import forced_cpu
 from glm_export.plugins.ops import FUSED, OPS
+from glm_export.runtime import session as runtime_session
 from glm_export.runtime.bundle import Bundle
 from glm_export.runtime.generate import decode_step, prefill
 from glm_export.runtime.open import open_session
@@ -46,14 +47,15 @@ def test_nodes_of_a_layer(bundle_of: Callable[[str], Bundle], precision: str) ->
     fuse(model, FUSED)
     fp8 = "FP8" if precision == "fp8" else ""
     norms = ["RMSNorm", "RMSNorm"]  # of queries and keys
-    attention = ["AddRMSNorm", f"{fp8}QkvLinear", *norms, "CachedAttention", "Reshape", f"{fp8}Linear", "AddRMSNorm"]
-    assert ops_of(model, "model.layers.2.") == [*attention, f"{fp8}MoEBlock"]
+    assert ops_of(model, "model.layers.2.") == [f"{fp8}QkvLinear", *norms, f"{fp8}AttentionBlock", f"{fp8}MoEBlock"]
     dense = [f"{fp8}Linear", f"{fp8}Linear", "SiluMul", f"{fp8}Linear"]
     assert ops_of(model, "model.layers.0.mlp") == dense
-    assert ops_of(model, "model.norm") == ["AddRMSNorm"]
-    # The first norm has nothing to add; the sum before every other one is in it.
-    assert Counter(ops_of(model))["RMSNorm"] == 4 * len(norms) + 1
-    assert "ResidualAdd" not in ops_of(model)
+    # The sum and the norm after a dense layer, and the norm that comes first of all, are nodes of their own.
+    assert Counter(ops_of(model))["RMSNorm"] == 4 * len(norms) + 2
+    assert Counter(ops_of(model))["ResidualAdd"] == 1
+    assert ops_of(model, "model.norm") == []
+    assert model.graph.node[-1].op_type == "Logits"
+    assert "Squeeze" not in ops_of(model)[-3:]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -74,7 +76,7 @@ def test_a_fused_graph_is_a_model(bundle_of: Callable[[str], Bundle], precision:
     assert Counter(ops_of(before)) == Counter(ops_of(graph_of(bundle_of(precision))))
 
 
-@pytest.mark.parametrize("name", ["AddRMSNorm", "QkvLinear", "MoEBlock"])
+@pytest.mark.parametrize("name", ["QkvLinear", "AttentionBlock", "MoEBlock", "Logits"])
 def test_only_what_has_a_kernel_is_put_in(bundle_of: Callable[[str], Bundle], name: str) -> None:
     model = graph_of(bundle_of("bf16"))
     fuse(model, (name, "Linear"))
@@ -154,9 +156,15 @@ LEFT_ALONE = {
     "q_is_turned_round": ("QkvLinear", reshapes(Q, "S", "B", 4, 16)),
     "q_is_float16": ("QkvLinear", retypes(f"{LAYER}.self_attn.q_proj.weight", TensorProto.FLOAT16)),
     "k_is_computed_later": ("QkvLinear", computes(f"{LAYER}.self_attn.k_proj.weight")),
-    "norm_is_bfloat16": ("AddRMSNorm", retypes(f"{LAYER}.post_attention_layernorm.weight", TensorProto.BFLOAT16)),
-    "norm_is_computed": ("AddRMSNorm", computes(f"{LAYER}.post_attention_layernorm.weight")),
+    "norm_is_bfloat16": ("AttentionBlock", retypes(f"{LAYER}.post_attention_layernorm.weight", TensorProto.BFLOAT16)),
+    "norm_is_computed": ("AttentionBlock", computes(f"{LAYER}.post_attention_layernorm.weight")),
+    "attention_is_shown": ("AttentionBlock", shows(f"{LAYER}.self_attn/CachedAttention/out")),
+    "residual_is_added_to": ("AttentionBlock", swaps(f"{LAYER}/ResidualAdd")),
+    "next_norm_is_float16": ("MoEBlock", retypes("model.layers.2.input_layernorm.weight", TensorProto.FLOAT16)),
     "router_logits_are_shown": ("MoEBlock", shows(f"{LAYER}.mlp.gate/Linear")),
+    "head_has_more_tokens": ("Logits", reshapes("GatherElements", "B", 2, 64)),
+    "head_has_no_declared_shape": ("Logits", reshapes("GatherElements")),
+    "head_is_read_elsewhere": ("Logits", reads_elsewhere("lm_head/Linear")),
     "router_is_bfloat16": ("MoEBlock", retypes(f"{LAYER}.mlp.gate.weight", TensorProto.BFLOAT16)),
     "shared_before_routed": ("MoEBlock", swaps(f"{LAYER}.mlp/ResidualAdd")),
     "shared_expert_is_float16": (
@@ -176,9 +184,31 @@ def test_left_alone(bundle_of: Callable[[str], Bundle], what: str) -> None:
         fuse(model, (name,))
     # One place is no longer fused, and is as it was.
     assert ops_of(changed).count(name) == ops_of(whole).count(name) - 1
-    fused = {"QkvLinear": "Linear", "AddRMSNorm": "ResidualAdd", "MoEBlock": "MoEExperts"}[name]
-    each = {"QkvLinear": 3, "AddRMSNorm": 1, "MoEBlock": 1}[name]
+    within = {
+        "QkvLinear": ("Linear", 3),
+        "AttentionBlock": ("CachedAttention", 1),
+        "MoEBlock": ("MoEExperts", 1),
+        "Logits": ("Squeeze", 1),
+    }
+    fused, each = within[name]
     assert ops_of(changed).count(fused) == before.count(fused) - each * ops_of(changed).count(name)
+
+
+def test_finite_logits_are_known_from_the_kernel(
+    bundle_of: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[np.ndarray[Any, Any]] = []
+    monkeypatch.setattr(runtime_session, "all_finite", lambda x: asked.append(x) or True)
+    with open_session(bundle_of("fp8"), batch=2, capacity=8, threads=1) as session:
+        prefill(session, [[1, 2, 3], [4]])
+        assert np.isfinite(decode_step(session, [5, 6])).all()
+        assert asked == []
+        cache = session.cache("v_cache.0")
+        cache[0, :, 0] = np.nan
+        logits_BV = decode_step(session, [7, 8])
+        assert len(asked) == 1
+        assert np.isnan(logits_BV[0]).all()
+        assert np.isfinite(logits_BV[1]).all()
 
 
 def test_roles_are_told_by_the_edges(bundle_of: Callable[[str], Bundle]) -> None:
@@ -221,14 +251,24 @@ def test_no_number_changes(
 
 
 def test_outputs_within_a_layer(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outputs = ["hidden_states", "router_logits", "attentions"]
-    recipe = load_recipe("tiny", {"precision": "bf16", "export.outputs": outputs})
-    build(Checkpoint.open(tiny_checkpoint), recipe, tmp_path / "bundle", Reporter(quiet=True))
-    bundle = Bundle.open(tmp_path / "bundle")
-    model = graph_of(bundle)
-    fuse(model, FUSED)
-    # Router logits come from within a MoEBlock, hidden states are the sums of AddRMSNorm.
-    assert Counter(op for op in ops_of(model) if op in FUSED) == {"AddRMSNorm": 8, "QkvLinear": 4}
+    def built(outputs: list[str]) -> tuple[Bundle, onnx.ModelProto]:
+        recipe = load_recipe("tiny", {"precision": "bf16", "export.outputs": outputs})
+        build(Checkpoint.open(tiny_checkpoint), recipe, tmp_path / outputs[-1], Reporter(quiet=True))
+        bundle = Bundle.open(tmp_path / outputs[-1])
+        model = graph_of(bundle)
+        fuse(model, FUSED)
+        return bundle, model
+
+    # Hidden states are the sums within blocks, and results of those.
+    bundle, model = built(["hidden_states"])
+    assert Counter(op for op in ops_of(model) if op in FUSED) == {
+        **{"QkvLinear": 4, "AttentionBlock": 4, "MoEBlock": 3, "Logits": 1}
+    }
+    expect_the_same(bundle, monkeypatch)
+    bundle, model = built(["hidden_states", "router_logits", "attentions"])
+    # Router logits come from within a MoEBlock, probabilities from within an AttentionBlock.
+    assert Counter(op for op in ops_of(model) if op in FUSED) == {"QkvLinear": 4, "Logits": 1}
+    monkeypatch.undo()
     expect_the_same(bundle, monkeypatch)
 
 

@@ -38,6 +38,13 @@ def valid(op: str) -> tuple[dict[str, Tensor], dict[str, float]]:
         "expert_ids": ids([0, 3], [3, 1], [2, 0]),
         "expert_weights": random(3, 2),
     }
+    attention = {
+        **{"q": random(2, 3, 4, 8), "k": random(2, 3, 2, 8), "v": random(2, 3, 2, 8)},
+        **{"cos": random(2, 3, 2), "sin": random(2, 3, 2)},
+        **{"k_cache": random(2, 2, 7, 8), "v_cache": random(2, 2, 7, 8)},
+        **{"write_index": torch.tensor([0, 2]), "length": torch.tensor([3, 5])},
+    }
+    residual = {"residual": random(2, 3, 8), "norm_weight": random(8)}
     inputs: dict[str, dict[str, Tensor]] = {
         "RMSNorm": {"x": random(2, 3, 8), "weight": random(8)},
         "SiluMul": {"gate": random(2, 3, 8), "up": random(2, 3, 8)},
@@ -49,7 +56,6 @@ def valid(op: str) -> tuple[dict[str, Tensor], dict[str, float]]:
             "weight_scale": random(5),
             "bias": random(5),
         },
-        "AddRMSNorm": {"x": random(2, 3, 8), "update": random(2, 3, 8), "weight": random(8)},
         "QkvLinear": {
             **{"x": random(2, 3, 8), "q_weight": random(8, 8), "q_bias": random(8)},
             **{"k_weight": random(4, 8), "k_bias": random(4), "v_weight": random(4, 8), "v_bias": random(4)},
@@ -63,6 +69,7 @@ def valid(op: str) -> tuple[dict[str, Tensor], dict[str, float]]:
             **{"x": random(2, 3, 8), "router_weight": random(4, 8), "correction_bias": random(4)},
             **{"gate_up": random(4, 12, 8), "down": random(4, 8, 6)},
             **{"shared_gate": random(7, 8), "shared_up": random(7, 8), "shared_down": random(8, 7)},
+            **residual,
         },
         "FP8MoEBlock": {
             **{"x": random(2, 3, 8), "router_weight": random(4, 8), "correction_bias": random(4)},
@@ -71,7 +78,10 @@ def valid(op: str) -> tuple[dict[str, Tensor], dict[str, float]]:
             **{"shared_gate": random(7, 8).to(FP8), "shared_gate_scale": random(7)},
             **{"shared_up": random(7, 8).to(FP8), "shared_up_scale": random(7)},
             **{"shared_down": random(8, 7).to(FP8), "shared_down_scale": random(8)},
+            **residual,
         },
+        "Logits": {"x": random(2, 1, 8), "weight": random(5, 8)},
+        "FP8Logits": {"x": random(2, 1, 8), "weight": random(5, 8).to(FP8), "weight_scale": random(5)},
         "MoERouter": {"logits": random(3, 8), "correction_bias": random(8)},
         "MoEExperts": {**routing, "gate_up": random(4, 12, 8), "down": random(4, 8, 6)},
         "FP8MoEExperts": {
@@ -81,25 +91,28 @@ def valid(op: str) -> tuple[dict[str, Tensor], dict[str, float]]:
             "down": random(4, 8, 6).to(FP8),
             "down_scale": random(4, 8),
         },
-        "CachedAttention": {
-            **{"q": random(2, 3, 4, 8), "k": random(2, 3, 2, 8), "v": random(2, 3, 2, 8)},
-            **{"cos": random(2, 3, 2), "sin": random(2, 3, 2)},
-            **{"k_cache": random(2, 2, 7, 8), "v_cache": random(2, 2, 7, 8)},
-            **{"write_index": torch.tensor([0, 2]), "length": torch.tensor([3, 5])},
+        "CachedAttention": attention,
+        "AttentionBlock": {**attention, "o_weight": random(8, 32), "o_bias": random(8), **residual},
+        "FP8AttentionBlock": {
+            **{**attention, "o_weight": random(8, 32).to(FP8), "o_scale": random(8), "o_bias": random(8)},
+            **residual,
         },
     }
     routes = {"top_k": 2, "n_group": 2, "topk_group": 1, "norm_topk_prob": 1, "routed_scaling_factor": 2.5}
     attributes: dict[str, dict[str, float]] = {
-        **{name: {"epsilon": 1e-5} for name in ("RMSNorm", "AddRMSNorm")},
+        "RMSNorm": {"epsilon": 1e-5},
         **{name: {"head_size": 4} for name in ("QkvLinear", "FP8QkvLinear")},
-        **dict.fromkeys(("MoERouter", "MoEBlock", "FP8MoEBlock"), routes),
+        "MoERouter": routes,
+        **{name: {**routes, "epsilon": 1e-5} for name in ("MoEBlock", "FP8MoEBlock")},
         "CachedAttention": {"rotary_dim": 4, "scale": 0.35},
+        **{name: {"rotary_dim": 4, "scale": 0.35, "epsilon": 1e-5} for name in ("AttentionBlock", "FP8AttentionBlock")},
     }
     return inputs[op], attributes.get(op, {})
 
 
 OPS = ("RMSNorm", "SiluMul", "ResidualAdd", "Linear", "FP8Linear", "MoERouter", "MoEExperts", "FP8MoEExperts")
-OPS += ("CachedAttention", "AddRMSNorm", "QkvLinear", "FP8QkvLinear", "MoEBlock", "FP8MoEBlock")
+OPS += ("CachedAttention", "QkvLinear", "FP8QkvLinear", "AttentionBlock", "FP8AttentionBlock")
+OPS += ("MoEBlock", "FP8MoEBlock", "Logits", "FP8Logits")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +143,7 @@ def router(says: str, **attributes: float) -> Refused:
 WEIGHTS = "expected [1 or more, 1 or more, 1 or more]"
 ROWS = "rows of a weight: head_size = 4 must divide them."
 LINEAR, EXPERTS = "Linear FP8Linear", "MoEExperts FP8MoEExperts"
+LOGITS, ATTENTION = "Logits FP8Logits", "AttentionBlock FP8AttentionBlock"
 QKV, BLOCK = "QkvLinear FP8QkvLinear", "MoEBlock FP8MoEBlock"
 RANKS = [
     shapes("RMSNorm", "x is [], expected [..., 8].", x=()),
@@ -169,8 +183,12 @@ RANKS = [
     shapes("CachedAttention", "v_cache is [2, 14, 8], expected [2, 2, 7, 8].", v_cache=(2, 14, 8)),
     shapes("CachedAttention", "write_index is [], expected [2].", write_index=()),
     shapes("CachedAttention", "length is [2, 1], expected [2].", length=(2, 1)),
-    shapes("AddRMSNorm", "x is [], expected [..., 8].", x=()),
-    shapes("AddRMSNorm", "weight is [1, 8], expected [1 or more].", weight=(1, 8)),
+    shapes(ATTENTION, "k is [2, 3, 16], expected [2, 3, 2, 8].", k=(2, 3, 16)),
+    shapes(ATTENTION, "o_weight is [256], expected [1 or more, 32].", o_weight=(256,)),
+    shapes(ATTENTION, "residual is [6, 8], expected [2, 3, 8].", residual=(6, 8)),
+    shapes(ATTENTION, "norm_weight is [1, 8], expected [8].", norm_weight=(1, 8)),
+    shapes(BLOCK, "residual is [6, 8], expected [2, 3, 8].", residual=(6, 8)),
+    shapes(BLOCK, "norm_weight is [], expected [8].", norm_weight=()),
     shapes(QKV, "x is [6, 8], expected [any, any, 8].", x=(6, 8)),
     shapes(QKV, "q_weight is [8], expected [1 or more, 1 or more].", q_weight=(8,)),
     shapes(QKV, "v_weight is [4, 8, 1], expected [1 or more, 8].", v_weight=(4, 8, 1)),
@@ -179,6 +197,9 @@ RANKS = [
     shapes(BLOCK, "router_weight is [32], expected [1 or more, 1 or more].", router_weight=(32,)),
     shapes(BLOCK, "gate_up is [48, 8], expected [4, 1 or more, 8].", gate_up=(48, 8)),
     shapes(BLOCK, "shared_down is [56], expected [8, 7].", shared_down=(56,)),
+    shapes(LOGITS, "x is [2, 8], expected [any, 1, 8].", x=(2, 8)),
+    shapes(LOGITS, "weight is [8], expected [1 or more, 1 or more].", weight=(8,)),
+    shapes("FP8Logits", "weight_scale is [5, 1], expected [5].", weight_scale=(5, 1)),
 ]
 SIZES = [
     shapes("RMSNorm", "x is [2, 3, 7], expected [..., 8].", x=(2, 3, 7)),
@@ -207,8 +228,16 @@ SIZES = [
     shapes("CachedAttention", "v_cache is [2, 2, 6, 8], expected [2, 2, 7, 8].", v_cache=(2, 2, 6, 8)),
     shapes("CachedAttention", "write_index is [1], expected [2].", write_index=(1,)),
     shapes("CachedAttention", "length is [3], expected [2].", length=(3,)),
-    shapes("AddRMSNorm", "x is [2, 3, 7], expected [..., 8].", x=(2, 3, 7)),
-    shapes("AddRMSNorm", "update is [1, 3, 8], expected [2, 3, 8].", update=(1, 3, 8)),
+    shapes(ATTENTION, "o_weight is [8, 31], expected [1 or more, 32].", o_weight=(8, 31)),
+    shapes("FP8AttentionBlock", "o_scale is [7], expected [8].", o_scale=(7,)),
+    shapes(ATTENTION, "o_bias is [7], expected [8].", o_bias=(7,)),
+    shapes(ATTENTION, "residual is [2, 3, 7], expected [2, 3, 8].", residual=(2, 3, 7)),
+    shapes(ATTENTION, "norm_weight is [7], expected [8].", norm_weight=(7,)),
+    shapes(BLOCK, "residual is [2, 2, 8], expected [2, 3, 8].", residual=(2, 2, 8)),
+    shapes(BLOCK, "norm_weight is [9], expected [8].", norm_weight=(9,)),
+    shapes(LOGITS, "x is [2, 2, 8], expected [any, 1, 8].", x=(2, 2, 8)),
+    shapes(LOGITS, "x is [2, 1, 7], expected [any, 1, 8].", x=(2, 1, 7)),
+    shapes("FP8Logits", "weight_scale is [4], expected [5].", weight_scale=(4,)),
     shapes(QKV, "x is [2, 3, 7], expected [any, any, 8].", x=(2, 3, 7)),
     shapes(QKV, "k_weight is [4, 7], expected [1 or more, 8].", k_weight=(4, 7)),
     shapes(QKV, "v_bias is [8], expected [4].", v_bias=(8,)),
@@ -291,7 +320,7 @@ def test_refused(kernel: RunKernel, case: Refused) -> None:
 def test_inputs_left_out(kernel: RunKernel, op: str) -> None:
     inputs, attributes = valid(op)
     for i, name in enumerate(inputs):
-        if name in ("bias", "q_bias", "k_bias", "v_bias"):
+        if name in ("bias", "q_bias", "k_bias", "v_bias", "o_bias"):
             kernel(op, inputs | {name: None}, **attributes)
             continue
         with pytest.raises(Exception, match=rf"{op}.*input {i} is marked single but has an empty string"):
@@ -300,7 +329,7 @@ def test_inputs_left_out(kernel: RunKernel, op: str) -> None:
         kernel(op, inputs | {"another": torch.zeros(1)}, **attributes)
 
 
-@pytest.mark.parametrize("op", ["RMSNorm", "AddRMSNorm", "QkvLinear", "MoERouter", "MoEBlock", "CachedAttention"])
+@pytest.mark.parametrize("op", ["RMSNorm", "QkvLinear", "MoERouter", "MoEBlock", "CachedAttention", "AttentionBlock"])
 def test_attributes_left_out_or_of_the_wrong_kind(kernel: RunKernel, op: str) -> None:
     inputs, attributes = valid(op)
     for name, value in attributes.items():
@@ -312,6 +341,7 @@ def test_attributes_left_out_or_of_the_wrong_kind(kernel: RunKernel, op: str) ->
             kernel(op, inputs, **attributes | {name: other})
 
 
+NO_QUERIES = {"q": (2, 0, 4, 8), "k": (2, 0, 2, 8), "v": (2, 0, 2, 8), "cos": (2, 0, 2), "sin": (2, 0, 2)}
 NO_TOKENS = {
     "RMSNorm": ({"x": (0, 8)}, [(0, 8)]),
     "SiluMul": ({"gate": (2, 0), "up": (2, 0)}, [(2, 0)]),
@@ -319,20 +349,24 @@ NO_TOKENS = {
     "Linear": ({"x": (2, 0, 8)}, [(2, 0, 5)]),
     "FP8Linear": ({"x": (0, 8)}, [(0, 5)]),
     "MoERouter": ({"logits": (0, 8)}, [(0, 2), (0, 2)]),
-    "AddRMSNorm": ({"x": (2, 0, 8), "update": (2, 0, 8)}, [(2, 0, 8), (2, 0, 8)]),
     **{name: ({"x": (2, 0, 8)}, [(2, 0, 2, 4), (2, 0, 1, 4), (2, 0, 1, 4)]) for name in ("QkvLinear", "FP8QkvLinear")},
-    **{name: ({"x": (2, 0, 8)}, [(2, 0, 8)]) for name in ("MoEBlock", "FP8MoEBlock")},
+    **{name: ({"x": (2, 0, 8), "residual": (2, 0, 8)}, [(2, 0, 8)] * 2) for name in ("MoEBlock", "FP8MoEBlock")},
+    **{name: ({"x": (0, 1, 8)}, [(0, 5)]) for name in ("Logits", "FP8Logits")},
     "MoEExperts": ({"hidden": (0, 8), "expert_ids": (0, 2), "expert_weights": (0, 2)}, [(0, 8)]),
     "FP8MoEExperts": ({"hidden": (0, 8), "expert_ids": (0, 2), "expert_weights": (0, 2)}, [(0, 8)]),
-    "CachedAttention": (
-        {"q": (2, 0, 4, 8), "k": (2, 0, 2, 8), "v": (2, 0, 2, 8), "cos": (2, 0, 2), "sin": (2, 0, 2)},
-        [(2, 0, 4, 8), (2, 2, 7, 8), (2, 2, 7, 8)],
-    ),
+    "CachedAttention": (NO_QUERIES, [(2, 0, 4, 8), (2, 2, 7, 8), (2, 2, 7, 8)]),
+    **{
+        name: ({**NO_QUERIES, "residual": (2, 0, 8)}, [(2, 0, 8), (2, 0, 8), (2, 2, 7, 8), (2, 2, 7, 8)])
+        for name in ("AttentionBlock", "FP8AttentionBlock")
+    },
 }
 # ONNX Runtime takes them, and numpy too; a loop over all rows would not end.
 NO_TOKENS_OF_MANY = {
-    **{name: ({"x": (HUGE, 0, 8)}, [(HUGE, 0, 8)]) for name in ("RMSNorm", "MoEBlock", "FP8MoEBlock")},
-    "AddRMSNorm": ({"x": (HUGE, 0, 8), "update": (HUGE, 0, 8)}, [(HUGE, 0, 8), (HUGE, 0, 8)]),
+    "RMSNorm": ({"x": (HUGE, 0, 8)}, [(HUGE, 0, 8)]),
+    **{
+        name: ({"x": (HUGE, 0, 8), "residual": (HUGE, 0, 8)}, [(HUGE, 0, 8)] * 2)
+        for name in ("MoEBlock", "FP8MoEBlock")
+    },
     "QkvLinear": ({"x": (HUGE, 0, 8)}, [(HUGE, 0, 2, 4), (HUGE, 0, 1, 4), (HUGE, 0, 1, 4)]),
     **{name: ({"x": (HUGE, 0, 8)}, [(HUGE, 0, 5)]) for name in ("Linear", "FP8Linear")},
     "SiluMul": ({"gate": (HUGE, 0), "up": (HUGE, 0)}, [(HUGE, 0)]),
@@ -409,6 +443,12 @@ def test_nan_stays_in_its_row_and_is_not_lost(kernel: RunKernel, op: str, dtype:
     assert torch.equal(rows[2:], want[2:])
 
 
+MANY_QUERIES = {
+    **{"q": random(2, 30, 4, 64), "k": random(2, 30, 2, 64), "v": random(2, 30, 2, 64)},
+    **{"cos": random(2, 30, 2), "sin": random(2, 30, 2)},
+    **{"k_cache": random(2, 2, 300, 64), "v_cache": random(2, 2, 300, 64)},
+    **{"write_index": torch.tensor([200, 0]), "length": torch.tensor([230, 20])},
+}
 MANY = {
     "RMSNorm": {"x": random(50, 1024), "weight": random(1024)},
     "SiluMul": {"gate": random(70000), "up": random(70000)},
@@ -425,7 +465,6 @@ MANY = {
         **{"expert_weights": random(40, 2), "gate_up": random(4, 140, 260).to(FP8), "gate_up_scale": random(4, 140)},
         **{"down": random(4, 260, 70).to(FP8), "down_scale": random(4, 260)},
     },
-    "AddRMSNorm": {"x": random(50, 1024), "update": random(50, 1024, seed=1), "weight": random(1024)},
     "QkvLinear": {
         **{"x": random(4, 100, 130), "q_weight": random(700, 130), "q_bias": random(700)},
         **{"k_weight": random(60, 130), "k_bias": random(60), "v_weight": random(60, 130), "v_bias": None},
@@ -434,13 +473,14 @@ MANY = {
         **{"x": random(4, 10, 130), "router_weight": random(4, 130), "correction_bias": random(4)},
         **{"gate_up": random(4, 140, 130), "down": random(4, 130, 70)},
         **{"shared_gate": random(90, 130), "shared_up": random(90, 130), "shared_down": random(130, 90)},
+        **{"residual": random(4, 10, 130), "norm_weight": random(130)},
     },
-    "CachedAttention": {
-        **{"q": random(2, 30, 4, 64), "k": random(2, 30, 2, 64), "v": random(2, 30, 2, 64)},
-        **{"cos": random(2, 30, 2), "sin": random(2, 30, 2)},
-        **{"k_cache": random(2, 2, 300, 64), "v_cache": random(2, 2, 300, 64)},
-        **{"write_index": torch.tensor([200, 0]), "length": torch.tensor([230, 20])},
+    "CachedAttention": MANY_QUERIES,
+    "AttentionBlock": {
+        **{**MANY_QUERIES, "o_weight": random(900, 256), "o_bias": random(900)},
+        **{"residual": random(2, 30, 900), "norm_weight": random(900)},
     },
+    "Logits": {"x": random(3, 1, 130), "weight": random(20000, 130)},
 }
 
 

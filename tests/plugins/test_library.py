@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from glm_export.plugins.external_data import external_tensors
 from glm_export.plugins.library import CPU_VARIABLE, PORTABLE, cpu_kernels
@@ -122,6 +122,27 @@ def test_optional_operands(probe: Path) -> None:
     assert (seen.middle_type, seen.last, seen.asked) == (0, 2.5, 0)
     _, seen = run(probe_session(probe, middle=INT64, asked=True), middle=np.array([3]))
     assert (seen.middle_type, seen.last, seen.asked) == (INT64, 0, 1)
+
+
+@pytest.mark.parametrize("fail", [0, 2])
+def test_weights_are_known_before_a_run(probe: Path, fail: int) -> None:
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    names = ["x", "middle", "last"]
+    node = helper.make_node("Probe", names, ["y", "report"], domain=DOMAIN, whole=0, part=0.0, fail=fail)
+    made = onnx.load_from_string(model([node], {"last": FLOAT}, {"y": FLOAT, "report": FLOAT}))
+    made.graph.initializer.extend(
+        [numpy_helper.from_array(x, "x"), numpy_helper.from_array(np.array([4, 5, 6]), "middle")]
+    )
+    session = ort.InferenceSession(made.SerializeToString(), options(probe))
+    if fail:
+        with pytest.raises(Exception, match=r"Probe: x is \[2, 3\], expected \[any, 5\]\."):
+            session.run(None, {"last": np.array([2.5], np.float32)})
+        return
+    for last in (2.5, 3.5):  # what is no weight is not kept
+        y, report = session.run(None, {"last": np.array([last], np.float32)})
+        seen = Report(**dict(zip(Report.__slots__, report.tolist(), strict=True)))
+        assert y.tolist() == x.tolist()
+        assert (seen.x_type, seen.rank, seen.middle_type, seen.last, seen.in_place) == (FLOAT, 2, INT64, last, 0)
 
 
 @pytest.mark.parametrize("kind", [FLOAT, FLOAT16, BFLOAT16])
@@ -306,5 +327,5 @@ def test_library_exports_nothing_else(library: Path) -> None:
     if nm is None:
         pytest.skip("no nm")
     listing = subprocess.run([nm, "-D", "--defined-only", library], check=True, capture_output=True, text=True).stdout
-    ours = ["glm_kernels", "glm_meter_multiply", "glm_meter_read", "glm_quantize_rows", "glm_work"]
+    ours = ["glm_finite_logits", "glm_kernels", "glm_meter_multiply", "glm_meter_read", "glm_quantize_rows", "glm_work"]
     assert [line.split()[-1] for line in listing.splitlines()] == ["RegisterCustomOps", *ours]
