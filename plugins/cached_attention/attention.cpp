@@ -1,7 +1,7 @@
-// One task: a block of tokens of one row and key/value head against a range of positions, 64 at a time, with online
-// softmax. Few tokens: the range is a chunk of the context, and whoever finishes a head's last chunk merges them all;
-// many tokens: every token block sees its whole past. So keys and values are read once for all their query heads, the
-// work is even for any number of threads, and its split, hence the result, does not depend on that number.
+// One task: a block of tokens of one row and key/value head against a range of positions, a block at a time, with
+// online softmax. Few tokens: the range is a chunk of the context, and whoever finishes a head's last chunk merges them
+// all; many tokens: every token block sees its whole past. So keys and values are read once for all their query heads,
+// the work is even for any number of threads, and its split, hence the result, does not depend on that number.
 #include "plugins/cached_attention/attention.h"
 
 #include <algorithm>
@@ -14,8 +14,11 @@
 namespace glm {
 namespace {
 
-constexpr size_t kRows = 192;   // of a token block
-constexpr size_t kChunk = 512;  // positions per new token: a partial result is a few percent of what a chunk reads
+constexpr size_t kRows = 192;  // of a token block
+// A context is cut into chunks of at least so many positions per new token: a partial result is a few percent of what a
+// chunk reads. There are enough tasks with so many chunks for each head; what they have to prepare is then little.
+constexpr size_t kChunk = 6 * kBlock;
+constexpr size_t kMostChunks = 8;
 constexpr size_t kAlign = 64;
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -63,10 +66,9 @@ class Attention {
     words_ = (args.A + loops_.per_word - 1) / loops_.per_word;
     query_ = words_ * loops_.per_word;
     // A pass over all positions for the probabilities needs the final sums.
-    const bool split = blocks_ == 1 && !args.attentions;
-    chunk_ = split ? kChunk * args.S : std::max<size_t>(1, args.C);
+    split_ = blocks_ == 1 && !args.attentions;
     for (size_t b = 0; b < args.B; b++) chunks_ = std::max(chunks_, chunks(b));
-    factor_ = static_cast<float>(std::fabs(args.scale) * kLog2E);
+    factor_ = static_cast<float>(args.scale * kLog2E);
   }
 
   size_t bytes() const {
@@ -132,26 +134,24 @@ class Attention {
     void take(const Attention& self, Arena& arena) {
       const size_t A = self.a_.A, rows = self.block_rows_;
       head = arena.take<float>(self.query_);
-      rounded = arena.take<float>(A);
       q = arena.take<float>(rows * self.query_);
-      keys = arena.take<float>(kBlock * self.words_);
-      scores = arena.take<float>(self.tile_ * kBlock);
+      keys = arena.take<float>(self.loops_.strip * self.words_);
+      scores = arena.take<float>(rows * kBlock);
       seen = arena.take<int32_t>(self.tile_);
       decay = arena.take<float>(self.tile_);
       max = arena.take<float>(rows);
       sum = arena.take<float>(rows * self.loops_.lanes);
       out = arena.take<float>(rows * A);
     }
-    float* head;     // [per word, words]
-    float* rounded;  // [A] of any element type
-    float* q;        // [tiles, per word, words, tile], rotated
-    float* keys;     // [strips, words, 2 * lanes]
-    float* scores;   // [tile, kBlock]
-    int32_t* seen;   // [tile]
-    float* decay;    // [tile]
-    float* max;      // [block rows]
-    float* sum;      // [block rows, lanes]
-    float* out;      // [block rows, A]
+    float* head;    // [per word, words]
+    float* q;       // [tiles, per word, words, tile], rotated and scaled
+    float* keys;    // [words, strip]
+    float* scores;  // [block rows, kBlock]
+    int32_t* seen;  // [tile]
+    float* decay;   // [tile]
+    float* max;     // [block rows]
+    float* sum;     // [block rows, lanes]
+    float* out;     // [block rows, A]
   };
 
   // The rows of tokens first .. first + count - 1 of (b, j).
@@ -169,10 +169,11 @@ class Attention {
     if (a_.length[b] <= a_.write_index[b]) return 0;
     return std::min(a_.S, static_cast<size_t>(a_.length[b] - a_.write_index[b]));
   }
-  size_t chunks(size_t b) const {
-    size_t end = valid(b) ? start(b) + valid(b) : 0;
-    return std::max<size_t>(1, (end + chunk_ - 1) / chunk_);
-  }
+  // Positions that row b sees.
+  size_t context(size_t b) const { return valid(b) ? start(b) + valid(b) : 0; }
+  // Positions of its chunks: whole blocks.
+  size_t chunk(size_t b) const { return std::max(kChunk * a_.S, ceil_div(context(b), kMostChunks * kBlock) * kBlock); }
+  size_t chunks(size_t b) const { return split_ ? std::max<size_t>(1, ceil_div(context(b), chunk(b))) : 1; }
   char* cache(void* cache, size_t b, size_t j, size_t position) const {
     return static_cast<char*>(cache) + ((b * a_.J + j) * a_.C + position) * cached_;
   }
@@ -204,14 +205,14 @@ class Attention {
     }
   }
 
-  void attend_chunk(size_t head, size_t chunk, const Shared& shared) const {
+  void attend_chunk(size_t head, size_t at, const Shared& shared) const {
     const size_t b = head / a_.J, j = head % a_.J, of = chunks(b);
-    if (chunk >= of) return;
+    if (at >= of) return;
     Scratch scratch(*this);
     // Every chunk writes the new tokens that it is going to read; the last one the padding, too.
-    const size_t first = chunk * chunk_, last = chunk + 1 == of ? start(b) + a_.S : first + chunk_;
+    const size_t first = at * chunk(b), last = at + 1 == of ? start(b) + a_.S : first + chunk(b);
     write(b, j, std::max(first, start(b)) - start(b), std::max(last, start(b)) - start(b), scratch);
-    if (chunk == 0) clear_padding(b, j, 0, a_.S);
+    if (at == 0) clear_padding(b, j, 0, a_.S);
     const Rows rows{b, j, 0, valid(b)};
     if (rows.count == 0) return;
 
@@ -221,7 +222,7 @@ class Attention {
       if (a_.attentions) probabilities(rows, scratch);
       return;
     }
-    const size_t whole = head * chunks_ * block_rows_, part = whole + chunk * block_rows_;
+    const size_t whole = head * chunks_ * block_rows_, part = whole + at * block_rows_;
     scratch.max = shared.max + part;
     scratch.sum = shared.sum + part * loops_.lanes;
     scratch.out = shared.out + part * a_.A;
@@ -258,56 +259,68 @@ class Attention {
     const size_t lanes = loops_.lanes, count = rows.count * G_, tiles = (count + tile_ - 1) / tile_;
     const size_t origin = start(rows.b) + rows.first;  // position of the first token
     to = std::min(to, origin + rows.count);
-    pack(rows, scratch);
+    pack(rows, from, scratch);
     std::fill_n(scratch.max, count, -FLT_MAX);
     std::fill_n(scratch.sum, count * lanes, 0.0f);
     std::fill_n(scratch.out, count * a_.A, 0.0f);
     for (size_t p = from; p < to; p += kBlock) {
       const size_t n = std::min(kBlock, to - p);
-      const char* keys = cache(a_.k_cache_out, rows.b, rows.j, p);
       const char* values = cache(a_.v_cache_out, rows.b, rows.j, p);
-      loops_.transpose(keys, n, a_.A, scratch.keys);
-      // The next block arrives while this one is used, every tile fetching its part of it.
-      const bool more = p + 2 * kBlock <= a_.C;
-      const size_t step = more ? 2 * lanes * cached_ / (a_.A * tiles) : 0;
-      const size_t part = more ? kBlock * cached_ / tiles : 0;
-      const char* next_keys = more ? keys + kBlock * cached_ : keys;
-      const char* next_values = more ? values + kBlock * cached_ : values;
-      for (size_t row = 0; row < count; row += tile_) {
+      score(rows, p, n, values, scratch);
+      // The next block's keys arrive while values are summed, every tile fetching its part of them.
+      const char* next = cache(a_.k_cache_out, rows.b, rows.j, std::min(p + kBlock, a_.C));
+      const size_t part = std::min(kBlock, a_.C - std::min(p + kBlock, a_.C)) * cached_ / tiles;
+      for (size_t row = first_tile(origin, p); row < count; row += tile_, next += part) {
         const size_t height = std::min(tile_, count - row);
         const size_t first = origin + row / G_, last = origin + (row + height - 1) / G_;
-        if (last < p) continue;
         const size_t visible = std::min(n, last + 1 - p);
         const bool masked = first + 1 < p + visible;
         for (size_t i = 0; masked && i < height; i++) {
           const size_t end = origin + (row + i) / G_ + 1;
           scratch.seen[i] = static_cast<int32_t>(end > p ? std::min(end - p, visible) : 0);
         }
-        float* sums = scratch.out + row * a_.A;
-        loops_.scores(scratch.q + row * query_, scratch.keys, height, visible, words_, next_keys, step, scratch.scores);
-        loops_.softmax(scratch.scores, masked ? scratch.seen : nullptr, height, visible, factor_, scratch.max + row,
+        float* scores = scratch.scores + row * kBlock;
+        loops_.softmax(scores, masked ? scratch.seen : nullptr, height, visible, scratch.max + row,
                        scratch.sum + row * lanes, scratch.decay);
-        loops_.accumulate(scratch.scores, scratch.decay, values, height, visible, a_.A, next_values, step, sums);
-        next_keys += part;
-        next_values += part;
+        loops_.accumulate(scores, scratch.decay, values, height, visible, a_.A, next, part, scratch.out + row * a_.A);
       }
     }
   }
 
-  // Queries, rotated and rounded, element by element for a tile of rows.
-  void pack(const Rows& rows, Scratch& scratch) const {
-    const size_t count = rows.count * G_;
-    for (size_t row = 0; row < count; row++) {
+  // The first row of the first tile that sees a position, if the first token is at `origin`.
+  size_t first_tile(size_t origin, size_t position) const {
+    return position > origin ? (position - origin) * G_ / tile_ * tile_ : 0;
+  }
+
+  // Scores of n positions from p for the tiles that see them, a strip at a time: it is transposed for all of them.
+  // Meanwhile as many values arrive from `values` on.
+  void score(const Rows& rows, size_t p, size_t n, const char* values, Scratch& scratch) const {
+    const size_t count = rows.count * G_, tiles = ceil_div(count, tile_), origin = start(rows.b) + rows.first;
+    const size_t part = loops_.strip * cached_ / tiles;
+    for (size_t s = 0; s < n; s += loops_.strip) {
+      const char* keys = cache(a_.k_cache_out, rows.b, rows.j, p + s);
+      loops_.transpose(keys, std::min(loops_.strip, n - s), a_.A, scratch.keys);
+      for (size_t row = first_tile(origin, p + s); row < count; row += tile_, values += part) {
+        loops_.scores(scratch.q + row * query_, scratch.keys, std::min(tile_, count - row), words_, values, part,
+                      scratch.scores + row * kBlock + s);
+      }
+    }
+  }
+
+  // Queries, rotated, rounded and scaled, element by element for a tile of rows. Meanwhile a block's keys arrive,
+  // from position `from` on.
+  void pack(const Rows& rows, size_t from, Scratch& scratch) const {
+    const size_t count = rows.count * G_, part = std::min(kBlock, a_.C - from) * cached_ / count;
+    const char* keys = cache(a_.k_cache_out, rows.b, rows.j, from);
+    for (size_t row = 0; row < count; row++, keys += part) {
+      for (size_t i = 0; i < part; i += kAlign) __builtin_prefetch(keys + i);
       rotated(a_.q, a_.H, rows.j * G_ + row % G_, rows.b * a_.S + rows.first + row / G_, scratch);
-      loops_.narrow(a_.type, scratch.head, a_.A, scratch.rounded);
-      loops_.widen(a_.type, scratch.rounded, a_.A, scratch.head);
+      loops_.round(a_.type, scratch.head, a_.A);
       const size_t tile = row / tile_ * tile_, height = std::min(tile_, count - tile);
       float* to = scratch.q + tile * query_ + row % tile_;
-      // Softmax looks for the largest score: the sign moves into the queries.
-      const float sign = a_.scale < 0 ? -1.0f : 1.0f;
       for (size_t i = a_.A; i < query_; i++) scratch.head[i] = 0;
       for (size_t part = 0; part < loops_.per_word; part++) {
-        for (size_t i = part; i < query_; i += loops_.per_word, to += height) *to = sign * scratch.head[i];
+        for (size_t i = part; i < query_; i += loops_.per_word, to += height) *to = factor_ * scratch.head[i];
       }
     }
   }
@@ -326,7 +339,7 @@ class Attention {
       for (size_t c = 1; c < of; c++) top = std::max(top, max[c * block_rows_ + row]);
       for (size_t c = 0; c < of; c++) {
         const size_t part = c * block_rows_ + row;
-        const float weight = std::exp2((max[part] - top) * factor_);
+        const float weight = std::exp2(max[part] - top);
         add(out + row * a_.A, out + part * a_.A, a_.A, weight, c == 0);
         add(sum + row * lanes, sum + part * lanes, lanes, weight, c == 0);
       }
@@ -351,17 +364,13 @@ class Attention {
     };
     for (size_t p = 0; p < origin + rows.count; p += kBlock) {
       const size_t n = std::min(kBlock, origin + rows.count - p);
-      loops_.transpose(cache(a_.k_cache_out, rows.b, rows.j, p), n, a_.A, scratch.keys);
-      for (size_t tile = 0; tile < count; tile += tile_) {
-        const size_t height = std::min(tile_, count - tile);
-        loops_.scores(scratch.q + tile * query_, scratch.keys, height, n, words_, nullptr, 0, scratch.scores);
-        for (size_t row = tile; row < tile + height; row++) {
-          const float* scores = scratch.scores + (row - tile) * kBlock;
-          float sum = 0;
-          for (size_t i = 0; i < lanes; i++) sum += scratch.sum[row * lanes + i];
-          for (size_t i = 0; i < n && p + i <= origin + row / G_; i++) {
-            to(row)[p + i] = std::exp2((scores[i] - scratch.max[row]) * factor_) / sum;
-          }
+      score(rows, p, n, cache(a_.v_cache_out, rows.b, rows.j, p), scratch);
+      for (size_t row = 0; row < count; row++) {
+        const float* scores = scratch.scores + row * kBlock;
+        float sum = 0;
+        for (size_t i = 0; i < lanes; i++) sum += scratch.sum[row * lanes + i];
+        for (size_t i = 0; i < n && p + i <= origin + row / G_; i++) {
+          to(row)[p + i] = std::exp2(scores[i] - scratch.max[row]) / sum;
         }
       }
     }
@@ -381,9 +390,9 @@ class Attention {
   size_t tile_;        // rows
   size_t words_;       // of a key
   size_t query_;       // elements of a query, up to whole words
-  size_t chunk_;       // positions
+  bool split_;         // into chunks
   size_t chunks_ = 1;  // of the longest row
-  float factor_;       // of the scores, as powers of 2
+  float factor_;       // of the queries: scores are powers of 2
 };
 
 }  // namespace

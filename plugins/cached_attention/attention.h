@@ -35,12 +35,14 @@ struct CachedAttention {
   void run(Isa isa, const Parallel& parallel, void* scratch) const;
 };
 
-constexpr size_t kBlock = 128;  // positions: keys and values of a block stay in the first two caches
+// Positions: whole strips of two and of three vectors of any width; keys and values stay in the first two caches.
+constexpr size_t kBlock = 96;
 
 // The inner loops for caches of one element type T. Positions are those of one block, rows those of one tile.
 struct AttentionLoops {
   size_t lanes;
   size_t rows;      // of a tile, at most
+  size_t strip;     // positions that are scored together, at most
   size_t per_word;  // elements of a key that share a lane of transposed keys
 
   void (*widen)(Type type, const void* x, size_t n, float* y);
@@ -48,25 +50,26 @@ struct AttentionLoops {
   void (*rotate)(const float* cos,  // [R]
                  const float* sin,  // [R]
                  size_t R,
-                 float* x);  // [2 R]
+                 float* x);                      // [2 R]
+  void (*round)(Type type, float* x, size_t n);  // in place
   void (*narrow)(Type type, const float* x, size_t n, void* y);
 
-  // Keys as scores() wants them: strips of 2 * lanes positions, the last one filled up with any numbers.
+  // The keys of a strip as scores() wants them, filled up with any numbers.
   void (*transpose)(const void* keys,  // [positions, A] of T
                     size_t positions, size_t A,
-                    float* transposed);  // [strips, words, 2 * lanes]
-  // Products of every key with every query. `ahead` is what the caller reads later: it is prefetched on the way, `step`
-  // bytes further with each of positions * A / (2 * lanes) steps.
+                    float* transposed);  // [words, strip]
+  // Products of every key with every query. `bytes` from `ahead` on are what the caller reads later: they are
+  // prefetched on the way.
   void (*scores)(const float* q,           // [per_word, words, rows]
-                 const float* transposed,  // [strips, words, 2 * lanes]
-                 size_t rows, size_t positions, size_t words, const char* ahead, size_t step,
-                 float* scores);  // [rows, kBlock]
-  // Online softmax: scores become exp2(factor * (score - max)) with the running maximum, which is updated, and the
-  // parts of `sum` too; `decay` is what everything summed under the old maximum is to be multiplied by. A row sees its
-  // first seen[row] positions; null: all see all.
+                 const float* transposed,  // [words, strip]
+                 size_t rows, size_t words, const char* ahead, size_t bytes,
+                 float* scores);  // [rows, kBlock], of which it writes [rows, strip]
+  // Online softmax: scores become exp2(score - max) with the running maximum, which is updated, and the parts of `sum`
+  // too; `decay` is what everything summed under the old maximum is to be multiplied by. A row sees its first seen[row]
+  // positions; null: all see all.
   void (*softmax)(float* scores,        // [rows, kBlock]
                   const int32_t* seen,  // [rows]
-                  size_t rows, size_t positions, float factor,
+                  size_t rows, size_t positions,
                   float* max,     // [rows]
                   float* sum,     // [rows, lanes]
                   float* decay);  // [rows]
@@ -74,7 +77,7 @@ struct AttentionLoops {
   void (*accumulate)(const float* probabilities,  // [rows, kBlock]
                      const float* decay,          // [rows]
                      const void* values,          // [positions, A] of T
-                     size_t rows, size_t positions, size_t A, const char* ahead, size_t step,
+                     size_t rows, size_t positions, size_t A, const char* ahead, size_t bytes,
                      float* sums);  // [rows, A]
   // A row of sums over its sum of probabilities, the columns in order.
   void (*finish)(const float* sums,  // [A]

@@ -4,9 +4,9 @@
 namespace glm {
 
 const AttentionLoops& attention_scalar(Type cache) {
-  static constexpr AttentionLoops kF32 = attention_loops<float, 4, 6>();
-  static constexpr AttentionLoops kBf16 = attention_loops<Bf16, 4, 6>();
-  static constexpr AttentionLoops kF16 = attention_loops<F16, 4, 6>();
+  static constexpr AttentionLoops kF32 = attention_loops<float, 4, 6, 2>();
+  static constexpr AttentionLoops kBf16 = attention_loops<Bf16, 4, 6, 2>();
+  static constexpr AttentionLoops kF16 = attention_loops<F16, 4, 6, 2>();
   return cache == Type::f32 ? kF32 : cache == Type::bf16 ? kBf16 : kF16;
 }
 

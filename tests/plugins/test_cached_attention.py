@@ -186,8 +186,9 @@ REGIMES = {
     # Around the sizes in which kernels cut heads, tokens and the context.
     "real_heads": {"write_index": (70, 63), "new": (1, 1), "H": 24, "J": 2, "A": 128, "C": 80},
     "ragged_head": {"write_index": (5, 60), "new": (5, 3), "A": 72, "C": 80},
-    "long_context": {"write_index": (1022, 511, 64, 1300), "new": (1, 1, 1, 0), "H": 16, "A": 64, "C": 1310},
-    "long_context_chunk": {"write_index": (1534, 0), "new": (3, 2), "H": 10, "C": 1540},
+    "long_context": {"write_index": (1151, 575, 96, 1300), "new": (1, 1, 1, 0), "H": 16, "A": 64, "C": 1310},
+    "long_context_chunk": {"write_index": (1727, 0), "new": (3, 2), "H": 10, "C": 1740},
+    "longest_chunks": {"write_index": (4700,), "new": (1,), "H": 4, "J": 1, "C": 4710},
     "many_tokens": {"write_index": (3, 90), "new": (45, 31), "H": 12, "J": 1, "A": 16, "C": 140},
 }
 
