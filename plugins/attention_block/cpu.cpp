@@ -35,14 +35,14 @@ class AttentionBlockKernel : public Kernel {
     const size_t rest = in.attention(0, nullptr, k_cache_out, v_cache_out, nullptr).scratch_bytes(isa_);
     auto* out = static_cast<uint8_t*>(run.scratch(bytes(HA) + bytes(D) + rest));
     uint8_t* update = out + bytes(HA);
-    in.attention(attributes_.scale, out, k_cache_out, v_cache_out, nullptr)
-        .run(isa_, run.parallel(), update + bytes(D));
+    Flow flow;
+    const Flow::Done attended =
+        in.attention(attributes_.scale, out, k_cache_out, v_cache_out, nullptr).add(flow, isa_, update + bytes(D), 0);
     LinearPart part = o.part(residual);
     part.y = update;
     thread_local PackedRows packed;
-    Flow flow;
     const Flow::Done projected = add_linear(
-        flow, {in.q.type(), out, o.type(), in.q.type(), T, static_cast<size_t>(HA), &part, 1}, gemm_, packed, 0);
+        flow, {in.q.type(), out, o.type(), in.q.type(), T, static_cast<size_t>(HA), &part, 1}, gemm_, packed, attended);
     add_norm.add(flow, update, 0, T, projected);
     flow.run(run.parallel());
   }

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cfloat>
 #include <cmath>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -76,30 +77,30 @@ class Attention {
     return shared.bytes;
   }
 
-  void run(const Parallel& parallel, void* memory) const {
-    const size_t heads = a_.B * a_.J;
-    if (a_.k_cache_out != a_.k_cache || a_.v_cache_out != a_.v_cache) {
-      const size_t bytes = a_.C * cached_;
-      parallel(heads, [&](size_t i) {
-        copy(a_.k_cache, a_.k_cache_out, i * bytes, bytes);
-        copy(a_.v_cache, a_.v_cache_out, i * bytes, bytes);
-      });
+  // Adds the stages, which keep `self` alive.
+  static Flow::Done add(std::shared_ptr<const Attention> self, Flow& flow, void* memory, Flow::Done needs) {
+    const CachedAttention& a = self->a_;
+    const size_t heads = a.B * a.J, chunks = self->chunks_, blocks = self->blocks_;
+    if (a.k_cache_out != a.k_cache || a.v_cache_out != a.v_cache) {
+      needs |= flow.stage({heads, 0, [self](size_t i) { self->copy_head(i); }});
     }
-    if (blocks_ == 1) {
-      Shared shared(*this, memory);
+    if (blocks == 1) {
+      const Shared shared(*self, memory);
       for (size_t i = 0; i < heads; i++) new (shared.finished + i) std::atomic<uint32_t>(0);
-      parallel(heads * chunks_, [&](size_t i) { attend_chunk(i / chunks_, i % chunks_, shared); });
-    } else {
-      parallel(heads, [&](size_t i) {
-        Scratch scratch(*this);
-        write(i / a_.J, i % a_.J, 0, a_.S, scratch);
-      });
-      // Early token blocks are cheap: one from the start, one from the end, so that every run of tasks is even.
-      parallel(heads * blocks_, [&](size_t i) {
-        size_t n = i % blocks_;
-        attend_block(i / blocks_, n % 2 ? blocks_ - 1 - n / 2 : n / 2);
-      });
+      const auto attend = [=](size_t i) { self->attend_chunk(i / chunks, i % chunks, shared); };
+      return flow.stage({heads * chunks, needs, attend});
     }
+    const auto write = [self](size_t i) {
+      Scratch scratch(*self);
+      self->write(i / self->a_.J, i % self->a_.J, 0, self->a_.S, scratch);
+    };
+    const Flow::Done written = flow.stage({heads, needs, write});
+    // Early token blocks are cheap: one from the start, one from the end, so that every run of tasks is even.
+    const auto attend = [=](size_t i) {
+      const size_t n = i % blocks;
+      self->attend_block(i / blocks, n % 2 ? blocks - 1 - n / 2 : n / 2);
+    };
+    return flow.stage({heads * blocks, written, attend});
   }
 
  private:
@@ -161,6 +162,12 @@ class Attention {
 
   static void copy(const void* from, void* to, size_t offset, size_t bytes) {
     if (from != to) std::memcpy(static_cast<char*>(to) + offset, static_cast<const char*>(from) + offset, bytes);
+  }
+
+  void copy_head(size_t i) const {
+    const size_t bytes = a_.C * cached_;
+    copy(a_.k_cache, a_.k_cache_out, i * bytes, bytes);
+    copy(a_.v_cache, a_.v_cache_out, i * bytes, bytes);
   }
 
   size_t start(size_t b) const { return static_cast<size_t>(a_.write_index[b]); }
@@ -379,7 +386,7 @@ class Attention {
     }
   }
 
-  const CachedAttention& a_;
+  const CachedAttention a_;
   const size_t G_;
   const size_t tokens_;      // of a token block
   const size_t blocks_;      // of tokens
@@ -399,8 +406,8 @@ class Attention {
 
 size_t CachedAttention::scratch_bytes(Isa isa) const { return Attention(*this, isa).bytes(); }
 
-void CachedAttention::run(Isa isa, const Parallel& parallel, void* scratch) const {
-  Attention(*this, isa).run(parallel, scratch);
+Flow::Done CachedAttention::add(Flow& flow, Isa isa, void* scratch, Flow::Done needs) const {
+  return Attention::add(std::make_shared<const Attention>(*this, isa), flow, scratch, needs);
 }
 
 }  // namespace glm

@@ -6,7 +6,7 @@
 // tile is broadcast, so no lane is idle whatever G is, and keys and values are read once for all query heads.
 #pragma once
 
-#include "plugins/cpu/kernel.h"
+#include "plugins/cpu/flow.h"
 
 namespace glm {
 
@@ -30,9 +30,11 @@ struct CachedAttention {
   void* v_cache_out;           // [B, J, C, A], may be v_cache
   float* attentions;           // [B, H, S, C] or null
 
-  // Bytes that run() wants as scratch, 64-byte aligned.
+  // Bytes that add() wants as scratch, 64-byte aligned.
   size_t scratch_bytes(Isa isa) const;
-  void run(Isa isa, const Parallel& parallel, void* scratch) const;
+  // Adds the stages to a flow; returns the last one. q, k and v are there when `needs` is done; write_index and length
+  // now, and what all pointers point to stays until the flow has run.
+  Flow::Done add(Flow& flow, Isa isa, void* scratch, Flow::Done needs) const;
 };
 
 // Positions: whole strips of two and of three vectors of any width; keys and values stay in the first two caches.

@@ -16,7 +16,9 @@ class CachedAttentionKernel : public Kernel {
     if (in.B() * in.S() == 0) return in.copy_caches(k_cache_out, v_cache_out);
     const CachedAttention attention = in.attention(attributes_.scale, out.data(), k_cache_out, v_cache_out,
                                                    attentions.present() ? attentions.as<float>() : nullptr);
-    attention.run(isa_, run.parallel(), run.scratch(attention.scratch_bytes(isa_)));
+    Flow flow;
+    attention.add(flow, isa_, run.scratch(attention.scratch_bytes(isa_)), 0);
+    flow.run(run.parallel());
   }
 
  private:
