@@ -133,9 +133,9 @@ def test_fp8_zero_token(evaluate: Evaluate) -> None:
 
 
 # What kernels cut their work by: tokens and weight rows by tiles, the width by vectors, with a tail of each.
-COUNTS = (*range(1, 10), 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 64, 65, 200)
+COUNTS = (*range(1, 18), 23, 24, 25, 31, 32, 33, 47, 48, 49, 64, 65, 200)
 ROWS = (*range(1, 10), 15, 16, 17)
-WIDTHS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1030, 4097)
+WIDTHS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1030, 4097, 5185)
 FP8 = torch.float8_e4m3fn
 WEIGHTS = pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16, FP8], ids=str)
 
@@ -188,7 +188,7 @@ def test_vector_borders(
 ) -> None:
     for width in WIDTHS:
         whole = product(dtype, weight_dtype, 50, 6, width)
-        for count in (1, 3, 8, 9, 50):
+        for count in (1, 2, 3, 8, 9, 12, 13, 50):
             whole.check(kernel, expect_close, count, 6)
 
 
@@ -204,7 +204,7 @@ KERNELS = pytest.mark.parametrize("evaluate", cpu_tools.EVALUATORS, indirect=Tru
     ids=["f32", "bf16", "f16", "e4m3"],
 )
 @pytest.mark.parametrize(
-    ("inner", "outer"), [(1, 8), (33, 7), (64, 3), (129, 17), (255, 1), (1030, 20), (2112, 9)], ids=str
+    ("inner", "outer"), [(1, 8), (33, 7), (64, 3), (129, 17), (255, 1), (1030, 20), (2112, 9), (4100, 19)], ids=str
 )
 def test_kernels_of_any_size(
     evaluate: Evaluate, dtype: torch.dtype, weight_dtype: torch.dtype, inner: int, outer: int
@@ -213,7 +213,7 @@ def test_kernels_of_any_size(
     generator = torch.Generator().manual_seed(inner)
     fp8 = weight_dtype == torch.float8_e4m3fn
     weight = torch.randint(-8, 9, (outer, inner), generator=generator).to(weight_dtype)
-    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33, 48, 64, 65, 100):
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 33, 48, 64, 65, 100):
         x = torch.randint(-8, 9, (tokens, inner), generator=generator).to(dtype)
         if fp8:
             x[:, 0] = 448  # makes the token's scale 1
@@ -225,7 +225,7 @@ def test_kernels_of_any_size(
 
 
 @KERNELS
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 20])
 def test_kernels_know_every_e4m3_number(evaluate: Evaluate, tokens: int) -> None:
     # Each token chooses one number of every row, and has a scale of 1 by the first column.
     values = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
