@@ -26,6 +26,8 @@ class ExternalTensor:
     """In bytes, from the start of the file."""
     length: int
     """In bytes, as the graph says it."""
+    looked_up: bool
+    """Whether nodes only pick rows of it, as of the embedding."""
 
     @property
     def nbytes(self) -> int:
@@ -36,6 +38,7 @@ class ExternalTensor:
 def external_tensors(model: onnx.ModelProto | bytes) -> Iterator[ExternalTensor]:
     """The weights of a graph, or of a serialized one, that lie in files, in the graph's order."""
     proto = onnx.load_from_string(model) if isinstance(model, bytes) else model
+    read_whole = {name for node in proto.graph.node if node.op_type != "Gather" for name in node.input}
     for tensor in proto.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = ExternalDataInfo(tensor)
@@ -47,4 +50,5 @@ def external_tensors(model: onnx.ModelProto | bytes) -> Iterator[ExternalTensor]
                 location=place.location,
                 offset=place.offset or 0,
                 length=place.length or 0,
+                looked_up=tensor.name not in read_whole,
             )

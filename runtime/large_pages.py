@@ -24,8 +24,12 @@ _madvise = ctypes.CDLL(None).madvise  # the one of the module mmap keeps all oth
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def map_file(path: Path) -> mmap.mmap:
+def map_file(path: Path, *, large: bool = True) -> mmap.mmap:
     """Maps a file for reading, and has its pages read when they are needed, in large pages where the system can.
+
+    Args:
+        path: the file.
+        large: False for one of which only some rows are needed, here and there: 2 MiB for each would be too much.
 
     Raises:
         OSError: the file can not be opened or mapped.
@@ -34,7 +38,7 @@ def map_file(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     with contextlib.suppress(OSError):  # a kernel without large pages
-        mapped.madvise(mmap.MADV_HUGEPAGE)
+        mapped.madvise(mmap.MADV_HUGEPAGE if large else mmap.MADV_NOHUGEPAGE)
     return mapped
 
 

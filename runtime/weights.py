@@ -26,10 +26,12 @@ def mapped_weights(tensors: Iterable[ExternalTensor], bundle: Bundle) -> Iterato
             lie where the graph says.
     """
     files: dict[str, Bytes] = {}
+    tensors = list(tensors)
+    streamed = {tensor.location for tensor in tensors if not tensor.looked_up}
     for tensor in tensors:
         if tensor.location not in files:
             path = bundle.file(tensor.location, hashed=False)
-            files[tensor.location] = np.frombuffer(map_file(path), np.uint8)
+            files[tensor.location] = np.frombuffer(map_file(path, large=tensor.location in streamed), np.uint8)
         file, end = files[tensor.location], tensor.offset + tensor.length
         if tensor.length != tensor.nbytes or not 0 <= tensor.offset <= end <= len(file):
             raise IntegrityError(

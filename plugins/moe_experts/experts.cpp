@@ -101,9 +101,9 @@ struct Intermediate {
 // One kind of experts, routed or shared: the runs of tokens, and what is in between.
 struct Group {
   const std::vector<TokenRun>* runs;
-  size_t F, blocks, columns;  // blocks of gate rows, as many of up rows, and how many rows a block has
-  float* hidden;              // [positions, 2F], results of gate and up
-  PackedRows* packed;         // silu(gate) * up, by position
+  size_t F, blocks, columns;                    // blocks per run, columns per block
+  float* hidden;                                // [positions, F], silu(gate) * up
+  PackedRows* packed;                           // the same, as it is multiplied
   std::unique_ptr<std::atomic<size_t>[]> left;  // blocks of each run
 };
 
@@ -155,53 +155,54 @@ class Stages {
               std::vector<float>& hidden) const {
     const size_t most = few_ ? std::max(kStreamBytes / (a_.D * weight_bytes_), F / 8) : 512;
     const size_t columns = std::min(F, std::max<size_t>(most, 8)), blocks = ceil_div(F, columns);
-    if (hidden.size() < positions * 2 * F) hidden.resize(positions * 2 * F);
+    if (hidden.size() < positions * F) hidden.resize(positions * F);
     packed.resize(g_, form_, positions, F);
     Group made{&runs, F, blocks, columns, hidden.data(), &packed, {}};
     made.left.reset(new std::atomic<size_t>[most_runs]);
-    for (size_t i = 0; i < most_runs; ++i) made.left[i] = 2 * blocks;
+    for (size_t i = 0; i < most_runs; ++i) made.left[i] = blocks;
     return made;
   }
 
   // Adds the stage of silu(gate x) * (up x) of every assignment of a group, in the form that the next product takes.
   Flow::Done activate(Flow& flow, Group& group, size_t most_runs, Flow::Done needs) {
     const auto multiply = [this, &group](size_t task) {
-      const size_t i = task / (2 * group.blocks);
+      const size_t i = task / group.blocks;
       if (i >= group.runs->size()) return;
       const TokenRun& run = (*group.runs)[i];
-      block(group, run, task % (2 * group.blocks));
+      block(group, run, task % group.blocks * group.columns);
       if (group.left[i].fetch_sub(1, std::memory_order_acq_rel) == 1) pack(group, run);
     };
-    return flow.stage({most_runs * 2 * group.blocks, needs, multiply});
+    return flow.stage({most_runs * group.blocks, needs, multiply});
   }
 
-  // One block of a run's rows of gate and up.
-  void block(const Group& group, const TokenRun& run, size_t number) const {
-    const size_t first = number % group.blocks * group.columns, n = std::min(group.columns, group.F - first);
-    const bool up = number >= group.blocks;
+  // silu(gate x) * (up x) of a run's tokens for a block of columns.
+  void block(const Group& group, const TokenRun& run, size_t first) const {
+    const Mlp& mlp = run.mlp;
+    const size_t n = std::min(group.columns, group.F - first), offset = first * a_.D * weight_bytes_;
     const size_t tokens = run.end - run.begin;
     const bool shared = &group == &shared_;
-    thread_local std::vector<float> sums;  // [tokens, n]
-    if (sums.size() < tokens * n) sums.resize(tokens * n);
-    const float* scale = up ? run.mlp.up_scale : run.mlp.gate_scale;
-    scaled_product(g_, form_, (up ? run.mlp.up : run.mlp.gate) + first * a_.D * weight_bytes_,
-                   scale ? scale + first : nullptr, n, shared ? m_.x.pointers() + run.begin : x_of_.data() + run.begin,
-                   shared ? m_.x.scales() + run.begin : scale_of_.data() + run.begin, tokens, a_.D, sums.data());
+    const void* const* rows = shared ? m_.x.pointers() + run.begin : x_of_.data() + run.begin;
+    const float* scales = shared ? m_.x.scales() + run.begin : scale_of_.data() + run.begin;
+    thread_local std::vector<float> sums;
+    if (sums.size() < 2 * tokens * n) sums.resize(2 * tokens * n);
+    float *gate = sums.data(), *up = gate + tokens * n;  // [tokens, n]
+    const float* gate_scale = mlp.gate_scale ? mlp.gate_scale + first : nullptr;
+    const float* up_scale = mlp.up_scale ? mlp.up_scale + first : nullptr;
+    scaled_product(g_, form_, mlp.gate + offset, gate_scale, n, rows, scales, tokens, a_.D, gate);
+    scaled_product(g_, form_, mlp.up + offset, up_scale, n, rows, scales, tokens, a_.D, up);
     // A shared expert's gate and up are results of Linear, which routed ones have no need to be.
-    if (shared) round_f32(a_.x_type, sums.data(), tokens * n);
+    if (shared) round_f32(a_.x_type, gate, 2 * tokens * n);
     for (size_t t = 0; t < tokens; ++t) {
-      float* row = group.hidden + (run.begin + t) * 2 * group.F + (up ? group.F : 0);
-      std::copy_n(sums.data() + t * n, n, row + first);
+      g_.silu_mul(gate + t * n, up + t * n, n, group.hidden + (run.begin + t) * group.F + first);
     }
   }
 
-  // silu(gate) * up of a run's tokens, rounded to the activations' dtype, as rows of the next product.
+  // A run's results, rounded to the activations' dtype, as rows of the next product.
   void pack(const Group& group, const TokenRun& run) const {
     for (size_t i = run.begin; i < run.end; ++i) {
-      float *gate = group.hidden + i * 2 * group.F, *up = gate + group.F;
-      g_.silu_mul(gate, up, group.F, gate);
-      round_f32(a_.x_type, gate, group.F);
-      group.packed->set(g_, i, gate);
+      float* row = group.hidden + i * group.F;
+      round_f32(a_.x_type, row, group.F);
+      group.packed->set(g_, i, row);
     }
   }
 

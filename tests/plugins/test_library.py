@@ -316,6 +316,11 @@ def test_no_weight_is_copied(bundle_of: Callable[[str], Bundle], precision: str,
         np.testing.assert_array_equal(logits(), first)
 
 
+def test_only_the_embedding_is_looked_up(bundle_of: Callable[[str], Bundle]) -> None:
+    tensors = external_tensors(bundle_of("fp8").model_path.read_bytes())
+    assert [tensor.name for tensor in tensors if tensor.looked_up] == ["model.embed_tokens.weight"]
+
+
 def test_session_refuses_an_unknown_isa(bundle_of: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CPU_VARIABLE, "sse")
     with pytest.raises(UsageError, match=r"^GLM_EXPORT_CPU is 'sse': choose one of scalar, avx2, avx512, portable\.$"):

@@ -67,6 +67,17 @@ def test_a_file_that_is_not_cached_comes_in_large_pages(tmp_path: Path, ahead: b
     assert mapped_large(seen.ctypes.data) >= PAGES // 2 * SIZE
 
 
+def test_a_table_is_not_read_in_large_pages(tmp_path: Path) -> None:
+    if missing := missing_for_large_pages(tmp_path):
+        pytest.skip(missing)
+    path = file_of_large_pages(tmp_path)
+    drop(path)
+    seen = np.frombuffer(map_file(path, large=False), np.uint8)
+    assert seen[SIZE] == path.read_bytes()[SIZE]
+    seen[::4096].max()
+    assert mapped_large(seen.ctypes.data) == 0
+
+
 def test_without_large_pages_the_bytes_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large_pages.mmap, "MADV_HUGEPAGE", -1)  # as of a kernel that does not know it
     monkeypatch.setattr(large_pages, "_MADV_POPULATE_READ", -1)
