@@ -1,7 +1,7 @@
 """Our sessions beside transformers, llama.cpp, ik_llama.cpp and stock onnxruntime, interleaved in one run.
 
     glm-export make-checkpoint --config bench/peers/config.json -o WORK/checkpoint
-    glm-export build WORK/checkpoint --precision fp8 -o WORK/fp8            and bf16 -o WORK/bf16
+    glm-export build WORK/checkpoint --precision fp8 -o WORK/fp8            and fp8-head, bf16
     python bench/peers/write_gguf.py WORK/checkpoint WORK/bf16.gguf --weights bf16         and q8_0 -o WORK/q8_0.gguf
     python bench/peers/run.py WORK [--rounds 5] [--llama-bench PATH]        measures, appends to WORK/results.jsonl
     python bench/peers/run.py WORK --rounds 0                               prints the tables of what is there
@@ -13,7 +13,7 @@ minute, so the meter runs before and after each, shares are of the mean of these
 ratios are taken within a round, and tables show medians and ranges over the rounds. A peer that lacks what it needs is
 left out with a sentence:
 
-    own, onnxruntime   WORK/fp8, WORK/bf16; --python with glm_export, if another one than runs this and the meter
+    own, onnxruntime   WORK/fp8, fp8-head, bf16; --python with glm_export, if another one than runs this and the meter
     transformers       WORK/checkpoint; --transformers-python with torch and transformers
     llama.cpp          WORK/*.gguf; --llama-python with llama-cpp-python, which pip compiles for this machine
     ik_llama.cpp       WORK/*.gguf; --llama-bench, built from its source, as it has no package
@@ -82,7 +82,7 @@ def peers(options: argparse.Namespace) -> Iterator[Peer]:
     """All of them, 8-bit weights before bfloat16."""
     own, hf, llama = options.python, options.transformers_python, options.llama_python
     package = "glm_export.runtime"
-    for form in ("fp8", "bf16"):
+    for form in ("fp8", "fp8-head", "bf16"):
         yield Peer(name=f"own {form}", weights=form, script="own.py", model=form, python=own, needs=package)
     for form in ("q8_0", "bf16"):
         gguf = f"{form}.gguf"

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """Bytes per element: of the projections and experts, of the head, of the router; and per output channel."""
+    """Bytes per element: of the projections and experts, of the head, of the router; and per output channel but the
+    head's."""
 
     linear: float
     head: float
@@ -21,6 +22,7 @@ FORMATS = {
     "bf16": Format(linear=2, head=2, router=4, channel=0),
     "q8_0": Format(linear=34 / 32, head=34 / 32, router=4, channel=0),  # 32 bytes and a float16 scale
     "fp8": Format(linear=1, head=2, router=4, channel=4),
+    "fp8-head": Format(linear=1, head=1, router=4, channel=4),  # as q8_0 has its head
 }
 
 
