@@ -14,8 +14,6 @@ import mmap
 import os
 from pathlib import Path
 
-import numpy as np
-
 SIZE = 2 << 20
 """Of a large page, in bytes."""
 
@@ -44,6 +42,8 @@ def map_file(path: Path, *, large: bool = True) -> mmap.mmap:
 
 def read_ahead(path: Path) -> None:
     """Brings a file into the page cache, what is not there yet in large pages; what fails is left to who reads it."""
+    import numpy as np  # not for `--help`, which is to be instant
+
     with contextlib.suppress(OSError, ValueError), map_file(path) as mapped:
         if len(mapped) >= SIZE:
             _madvise(np.frombuffer(mapped, np.uint8).ctypes.data, len(mapped), _MADV_POPULATE_READ)

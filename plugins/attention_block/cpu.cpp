@@ -55,15 +55,7 @@ class AttentionBlockKernel : public Kernel {
 };
 
 std::vector<Operand> inputs(bool with_scale) {
-  std::vector<Operand> all{{"q", kCompute},
-                           {"k", kCompute, "q"},
-                           {"v", kCompute, "q"},
-                           {"cos", kF32},
-                           {"sin", kF32},
-                           {"k_cache", kCompute},
-                           {"v_cache", kCompute, "k_cache"},
-                           {"write_index", kI64},
-                           {"length", kI64}};
+  std::vector<Operand> all = AttentionOperands::inputs();
   if (with_scale) {
     all.insert(all.end(), {{"o_weight", kE4m3}, {"o_scale", kF32}});
   } else {

@@ -27,15 +27,7 @@ class CachedAttentionKernel : public Kernel {
 };
 
 const Register<CachedAttentionKernel> kCachedAttention{"CachedAttention",
-                                                       {{"q", kCompute},
-                                                        {"k", kCompute, "q"},
-                                                        {"v", kCompute, "q"},
-                                                        {"cos", kF32},
-                                                        {"sin", kF32},
-                                                        {"k_cache", kCompute},
-                                                        {"v_cache", kCompute, "k_cache"},
-                                                        {"write_index", kI64},
-                                                        {"length", kI64}},
+                                                       AttentionOperands::inputs(),
                                                        {{"out", kCompute, "q"},
                                                         {"k_cache_out", kCompute, "k_cache"},
                                                         {"v_cache_out", kCompute, "k_cache"},

@@ -16,6 +16,18 @@ AttentionAttributes::AttentionAttributes(const Node& node)
   }
 }
 
+std::vector<Operand> AttentionOperands::inputs() {
+  return {{"q", kCompute},
+          {"k", kCompute, "q"},
+          {"v", kCompute, "q"},
+          {"cos", kF32},
+          {"sin", kF32},
+          {"k_cache", kCompute},
+          {"v_cache", kCompute, "k_cache"},
+          {"write_index", kI64},
+          {"length", kI64}};
+}
+
 AttentionOperands::AttentionOperands(const Run& run, int64_t rotary_dim)
     : q(run.input(0)),
       k(run.input(1)),

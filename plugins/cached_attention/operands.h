@@ -8,8 +8,9 @@ namespace glm {
 
 class AttentionOperands {
  public:
-  // How many inputs they are, from the first on.
+  // How many inputs they are, from the first on, and which.
   static constexpr size_t kCount = 9;
+  static std::vector<Operand> inputs();
 
   AttentionOperands(const Run& run, int64_t rotary_dim);
 

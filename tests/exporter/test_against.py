@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import real_engine
@@ -93,11 +94,15 @@ def test_engines_agree(directory: Path, precision: str, gpu: FakeGpu, tmp_path: 
     report = json.loads(called.out)
     assert report == json.loads((directory / f"reports/{TARGET}-against-onnxruntime.json").read_text())
     assert (report["passed"], report["precision"]) == (True, precision)
-    # The engine is made of function bodies, and they compute what the kernels compute up to the order of sums.
-    assert report["engines"]["relative_l2_median"] < 2**-8
     results = RunResults.load(saved)
     assert [name for name, _ in results.items()] == [TARGET, "onnxruntime"]
-    assert results[TARGET][0]["logits"].shape == (17, 4, 512)
+    engine, kernels = (np.asarray(results[name][0]["logits"]) for name in (TARGET, "onnxruntime"))
+    assert engine.shape == (17, 4, 512)
+    # The engine is made of function bodies, and they compute what the kernels compute up to the order of float32 sums
+    # of some hundred terms. That turns a rounding to bfloat16 or E4M3 now and then, and all tokens after it are further
+    # apart; the others are not.
+    relative = np.linalg.norm(engine - kernels, axis=-1) / np.linalg.norm(kernels, axis=-1)
+    assert np.quantile(relative, 0.1) < 2**-20
     assert Bundle.open(directory).verify()
 
 
@@ -122,7 +127,8 @@ def test_engines_that_disagree_exit_with_4_and_the_report_says_which(directory: 
     assert "FAILED" in called.out
     report = json.loads((directory / f"reports/onnxruntime-against-{TARGET}.json").read_text())
     assert not report["passed"]
-    assert report["second"]["relative_l2_median"] > 100 * report["first"]["relative_l2_median"]
+    allowed = report["verdict"]["tolerance"]["bound"]
+    assert report["first"]["relative_l2_median"] < allowed < report["second"]["relative_l2_median"]
 
 
 @pytest.mark.parametrize(
