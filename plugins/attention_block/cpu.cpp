@@ -30,7 +30,7 @@ class AttentionBlockKernel : public Kernel {
     if (T == 0) return in.copy_caches(k_cache_out, v_cache_out);
 
     const auto bytes = [&](int64_t width) {
-      return ceil_div(T * static_cast<size_t>(width) * size_of(in.q.type()), 64) * 64;
+      return whole_lines(T * static_cast<size_t>(width) * size_of(in.q.type()));
     };
     const size_t rest = in.attention(0, nullptr, k_cache_out, v_cache_out, nullptr).scratch_bytes(isa_);
     auto* out = static_cast<uint8_t*>(run.scratch(bytes(HA) + bytes(D) + rest));

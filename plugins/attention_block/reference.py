@@ -6,8 +6,7 @@ from torch import Tensor
 
 from glm_export.plugins.cached_attention.reference import cached_attention
 from glm_export.plugins.linear.reference import fp8_linear, linear
-from glm_export.plugins.residual_add.reference import residual_add
-from glm_export.plugins.rms_norm.reference import rms_norm
+from glm_export.plugins.rms_norm.reference import add_rms_norm
 
 
 def attention_block(
@@ -49,8 +48,8 @@ def attention_block(
         epsilon: of the norm.
     """
     out, *caches, _ = cached_attention(q, k, v, cos, sin, k_cache, v_cache, write_index, length, rotary_dim, scale)
-    total = residual_add(residual, linear(out.flatten(-2), o_weight, o_bias))
-    return total, rms_norm(total, norm_weight, epsilon), caches[0], caches[1]
+    update = linear(out.flatten(-2), o_weight, o_bias)
+    return *add_rms_norm(residual, update, norm_weight, epsilon), caches[0], caches[1]
 
 
 def fp8_attention_block(
@@ -74,5 +73,5 @@ def fp8_attention_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `attention_block` with an E4M3 weight and its row scales [D] float32; what it multiplies is rounded to FP8."""
     out, *caches, _ = cached_attention(q, k, v, cos, sin, k_cache, v_cache, write_index, length, rotary_dim, scale)
-    total = residual_add(residual, fp8_linear(out.flatten(-2), o_weight, o_scale, o_bias))
-    return total, rms_norm(total, norm_weight, epsilon), caches[0], caches[1]
+    update = fp8_linear(out.flatten(-2), o_weight, o_scale, o_bias)
+    return *add_rms_norm(residual, update, norm_weight, epsilon), caches[0], caches[1]

@@ -23,8 +23,6 @@ constexpr size_t kMostChunks = 8;
 constexpr size_t kAlign = 64;
 constexpr double kLog2E = 1.4426950408889634;
 
-size_t padded(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
 // Lends pieces of one 64-byte aligned allocation; with no memory behind it, it only counts.
 class Arena {
  public:
@@ -32,7 +30,7 @@ class Arena {
   template <class T>
   T* take(size_t count) {
     char* piece = next_ ? next_ + used_ : nullptr;
-    used_ += padded(count * sizeof(T));
+    used_ += whole_lines(count * sizeof(T));
     return reinterpret_cast<T*>(piece);
   }
   size_t used() const { return used_; }
@@ -57,14 +55,14 @@ class Attention {
       : a_(args),
         G_(args.H / args.J),
         tokens_(std::max<size_t>(1, kRows / G_)),
-        blocks_((args.S + tokens_ - 1) / tokens_),
+        blocks_(ceil_div(args.S, tokens_)),
         element_(size_of(args.type)),
         cached_(args.A * size_of(args.cache_type)),
         block_rows_(std::min(tokens_, args.S) * G_),
         loops_(loops(isa, args.cache_type)) {
-    const size_t tiles = (block_rows_ + loops_.rows - 1) / loops_.rows;
-    tile_ = (block_rows_ + tiles - 1) / tiles;
-    words_ = (args.A + loops_.per_word - 1) / loops_.per_word;
+    const size_t tiles = ceil_div(block_rows_, loops_.rows);
+    tile_ = ceil_div(block_rows_, tiles);
+    words_ = ceil_div(args.A, loops_.per_word);
     query_ = words_ * loops_.per_word;
     // A pass over all positions for the probabilities needs the final sums.
     split_ = blocks_ == 1 && !args.attentions;
@@ -129,7 +127,7 @@ class Attention {
       Arena count(nullptr);
       take(self, count);
       if (memory.size() < count.used() + kAlign) memory.resize(count.used() + kAlign);
-      Arena arena(reinterpret_cast<void*>(padded(reinterpret_cast<uintptr_t>(memory.data()))));
+      Arena arena(reinterpret_cast<void*>(whole_lines(reinterpret_cast<uintptr_t>(memory.data()))));
       take(self, arena);
     }
     void take(const Attention& self, Arena& arena) {
@@ -263,7 +261,7 @@ class Attention {
 
   // Attention of the rows to positions from .. to - 1, causal: sums in scratch.max, sum, out.
   void attend(const Rows& rows, size_t from, size_t to, Scratch& scratch) const {
-    const size_t lanes = loops_.lanes, count = rows.count * G_, tiles = (count + tile_ - 1) / tile_;
+    const size_t lanes = loops_.lanes, count = rows.count * G_, tiles = ceil_div(count, tile_);
     const size_t origin = start(rows.b) + rows.first;  // position of the first token
     to = std::min(to, origin + rows.count);
     pack(rows, from, scratch);

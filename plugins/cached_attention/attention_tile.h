@@ -66,7 +66,7 @@ void softmax(float* scores, const int32_t* seen, size_t rows, size_t positions, 
   const auto end = [&](size_t row) { return seen ? static_cast<size_t>(seen[row]) : positions; };
   for (size_t row = 0; row < rows; row++) {
     float* x = scores + row * kBlock;
-    const size_t whole = ceil_div(end(row), strip) * strip;
+    const size_t whole = round_up(end(row), strip);
     for (size_t p = end(row); p < whole; p++) x[p] = -std::numeric_limits<float>::infinity();
     F top[vectors];
     for (F& each : top) each = splat<F>(max[row]);
@@ -84,7 +84,7 @@ void softmax(float* scores, const int32_t* seen, size_t rows, size_t positions, 
   }
   for (size_t row = 0; row < rows; row++) {
     float* x = scores + row * kBlock;
-    const size_t whole = ceil_div(end(row), strip) * strip;
+    const size_t whole = round_up(end(row), strip);
     const F largest = splat<F>(max[row]);
     const F ratio = exp2_of<F, U>(splat<F>(decay[row]));
     decay[row] = ratio[0];

@@ -300,7 +300,7 @@ void widen_row(const uint8_t* row, size_t k, size_t count, float* wide) {
 template <class Widen>
 size_t padded(size_t width) {
   constexpr size_t kGroup = 8 * Widen::kVectors;
-  return (width + kGroup - 1) / kGroup * kGroup;
+  return round_up(width, kGroup);
 }
 
 template <class Widen>
@@ -370,7 +370,7 @@ auto with_widener(Form form, const F& f) {
 }
 
 size_t packed_bytes(Form form, size_t width) {
-  return with_widener(form, [&](auto widen) { return (padded<decltype(widen)>(width) * 4 + 63) / 64 * 64; });
+  return with_widener(form, [&](auto widen) { return whole_lines(padded<decltype(widen)>(width) * 4); });
 }
 
 void pack(Form form, const float* x, size_t width, void* packed) {

@@ -215,12 +215,12 @@ void multiply_many(const uint8_t* w, size_t rows, const void* const* x, size_t c
   using Tile = void (*)(const uint8_t*, const uint8_t*, size_t, bool, float*);
   static constexpr Tile kTile[] = {multiply_tile<W, 1>, multiply_tile<W, 2>, multiply_tile<W, 3>};
   const W weights;
-  const size_t groups = (count + kLanes - 1) / kLanes, group_vector = 16 * 64;
+  const size_t groups = ceil_div(count, kLanes), group_vector = 16 * 64;
   const size_t fit = kActivationBytes / (groups * group_vector) / 2 * 2;
   const size_t most = std::clamp<size_t>(fit, 2, kMostVectors);
   // One block of the depth leaves nothing to be added to: all of its sums have one place.
   const bool whole = vectors <= most;
-  const size_t panels = (rows + kPanelRows - 1) / kPanelRows;
+  const size_t panels = ceil_div(rows, kPanelRows);
   const size_t packed_bytes = groups * std::min(most, vectors) * group_vector;
 
   uint8_t* packed = scratch(packed_bytes + (whole ? 1 : panels) * groups * kSums * sizeof(float));
@@ -260,7 +260,7 @@ void multiply_many(const uint8_t* w, size_t rows, const void* const* x, size_t c
 template <class W>
 size_t vectors_of(size_t width) {
   const size_t bytes = width * W::kBytes;
-  return (bytes + 63) / 64 * W::kVectors;
+  return ceil_div(bytes, 64) * W::kVectors;
 }
 
 template <class W>

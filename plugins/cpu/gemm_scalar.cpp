@@ -31,7 +31,7 @@ size_t weight_bytes(Form form) {
   return form == Form::bf16_e4m3 ? 1 : 2;
 }
 
-size_t packed_bytes(Form, size_t width) { return (width * 4 + 63) / 64 * 64; }
+size_t packed_bytes(Form, size_t width) { return whole_lines(width * 4); }
 
 void pack(Form, const float* x, size_t width, void* packed) { std::memcpy(packed, x, width * 4); }
 

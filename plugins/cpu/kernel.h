@@ -54,6 +54,10 @@ class Parallel {
 
 // a / b, rounded up.
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+// The multiple of `unit` that is n or just above.
+constexpr size_t round_up(size_t n, size_t unit) { return ceil_div(n, unit) * unit; }
+// Bytes rounded up to whole cache lines.
+constexpr size_t whole_lines(size_t bytes) { return round_up(bytes, 64); }
 
 // How many tasks a loop of `items` is worth splitting into, at `per_task` items or more each.
 inline size_t tasks_for(size_t items, size_t per_task, size_t most) {

@@ -103,7 +103,7 @@ class Team {
 
 double read(const uint64_t* memory, size_t words, size_t block, size_t threads, uint64_t* sum) {
   const Meter& loops = meter(isa());
-  std::vector<size_t> order((words + block - 1) / block);
+  std::vector<size_t> order(ceil_div(words, block));
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), std::mt19937(0));
   std::atomic<uint64_t> total{0};

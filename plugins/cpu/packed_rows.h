@@ -26,7 +26,7 @@ inline size_t weight_rows_per_task(size_t rows, size_t row_bytes, size_t activat
   const size_t wanted = activation_rows <= kFewRows
                             ? std::max(ceil_div(kStreamBytes, row_bytes), ceil_div(rows, kMostStreams))
                             : std::min<size_t>(std::max<size_t>(ceil_div(rows, 4), 128), 512);
-  return std::min(rows, ceil_div(wanted, 8) * 8);
+  return std::min(rows, round_up(wanted, 8));
 }
 
 // Calls in `count` numbers that are needed after a product: scales and biases lie apart from the weights, and to wait

@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "plugins/cpu/kernel.h"
+
 namespace glm {
 namespace {
 
@@ -131,7 +133,7 @@ struct Workspace {
   // `count` floats, 64-byte aligned.
   float* floats(size_t count) {
     if (memory.size() < count + 16) memory.resize(count + 16);
-    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    return reinterpret_cast<float*>(whole_lines(reinterpret_cast<uintptr_t>(memory.data())));
   }
 };
 
@@ -142,8 +144,8 @@ void multiply_tiles(const Widen& widen, size_t rows, const void* const* x, size_
   thread_local Workspace workspace;
   for (size_t start = 0; start < count; start += kBlockTokens) {
     const size_t block = std::min(kBlockTokens, count - start);
-    const size_t tokens = (block + 7) / 8 * 8;
-    const size_t padded_rows = (rows + kPanelRows - 1) / kPanelRows * kPanelRows;
+    const size_t tokens = round_up(block, 8);
+    const size_t padded_rows = round_up(rows, kPanelRows);
     float* tiles = workspace.floats(tokens * kDepth + kPanelRows * kDepth + padded_rows * tokens);
     float* panel = tiles + tokens * kDepth;
     float* sums = panel + kPanelRows * kDepth;  // [padded_rows][tokens]

@@ -16,26 +16,27 @@ namespace {
 // A widener makes kVectors vectors of 32 bytes: part<p> does what several of them share, of which there are kParts, and
 // vector<i> the rest. kLane is the distance of elements that are neighbours in a vector. kFactor / kScale is what a sum
 // of products is to be multiplied by, kScale what activations are multiplied by.
-struct WidenF32 {
-  static constexpr size_t kBytes = 4, kVectors = 1, kParts = 1, kLane = 1;
-  static constexpr float kScale = 1.0f, kFactor = 1.0f;
+// Whose vectors share nothing.
+struct Unparted {
+  static constexpr size_t kParts = 1;
   template <size_t>
   static __m256i part(__m256i raw) {
     return raw;
   }
+};
+
+struct WidenF32 : Unparted {
+  static constexpr size_t kBytes = 4, kVectors = 1, kLane = 1;
+  static constexpr float kScale = 1.0f, kFactor = 1.0f;
   template <size_t>
   static __m256 vector(__m256i part) {
     return _mm256_castsi256_ps(part);
   }
 };
 
-struct WidenBf16 {
-  static constexpr size_t kBytes = 2, kVectors = 2, kParts = 1, kLane = 2;
+struct WidenBf16 : Unparted {
+  static constexpr size_t kBytes = 2, kVectors = 2, kLane = 2;
   static constexpr float kScale = 1.0f, kFactor = 1.0f;
-  template <size_t>
-  static __m256i part(__m256i raw) {
-    return raw;
-  }
   template <size_t i>
   static __m256 vector(__m256i part) {
     if constexpr (i == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(part, 16));
@@ -43,13 +44,9 @@ struct WidenBf16 {
   }
 };
 
-struct WidenF16 {
-  static constexpr size_t kBytes = 2, kVectors = 2, kParts = 1, kLane = 1;
+struct WidenF16 : Unparted {
+  static constexpr size_t kBytes = 2, kVectors = 2, kLane = 1;
   static constexpr float kScale = 1.0f, kFactor = 1.0f;
-  template <size_t>
-  static __m256i part(__m256i raw) {
-    return raw;
-  }
   template <size_t i>
   static __m256 vector(__m256i part) {
     return _mm256_cvtph_ps(_mm256_extracti128_si256(part, i));

@@ -51,9 +51,9 @@ class MoEBlockKernel : public Kernel {
     if (T == 0) return;
 
     const auto size = [](int64_t n) { return static_cast<size_t>(n); };
-    const auto bytes = [](size_t n) { return ceil_div(n, 64) * 64; };
-    const size_t row_bytes = size(D) * size_of(x.type()), update_bytes = bytes(size(T) * row_bytes),
-                 logits_bytes = bytes(size(T * E) * sizeof(float)), choice_bytes = bytes(size(T * K) * sizeof(float));
+    const size_t row_bytes = size(D) * size_of(x.type()), update_bytes = whole_lines(size(T) * row_bytes),
+                 logits_bytes = whole_lines(size(T * E) * sizeof(float)),
+                 choice_bytes = whole_lines(size(T * K) * sizeof(float));
     auto* update = static_cast<uint8_t*>(run.scratch(update_bytes + logits_bytes + 2 * choice_bytes));
     auto* logits = reinterpret_cast<float*>(update + update_bytes);
     auto* weights = reinterpret_cast<float*>(update + update_bytes + logits_bytes);

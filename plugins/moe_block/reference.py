@@ -8,7 +8,7 @@ from glm_export.plugins.linear.reference import fp8_linear, linear
 from glm_export.plugins.moe_experts.reference import fp8_moe_experts, moe_experts
 from glm_export.plugins.moe_router.reference import moe_router
 from glm_export.plugins.residual_add.reference import residual_add
-from glm_export.plugins.rms_norm.reference import rms_norm
+from glm_export.plugins.rms_norm.reference import add_rms_norm
 from glm_export.plugins.silu_mul.reference import silu_mul
 
 
@@ -51,12 +51,11 @@ def moe_block(
         epsilon: of the norm.
     """
     x_TD = x.flatten(0, -2)
-    logits_TE = linear(x_TD.float(), router_weight)
     attributes = (top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor)
-    routed_TD = moe_experts(x_TD, *moe_router(logits_TE, correction_bias, *attributes), gate_up, down)
+    routing = moe_router(linear(x_TD.float(), router_weight), correction_bias, *attributes)
+    routed_TD = moe_experts(x_TD, *routing, gate_up, down)
     shared = linear(silu_mul(linear(x, shared_gate), linear(x, shared_up)), shared_down)
-    total = residual_add(residual, residual_add(routed_TD.view_as(x), shared))
-    return total, rms_norm(total, norm_weight, epsilon)
+    return add_rms_norm(residual, residual_add(routed_TD.view_as(x), shared), norm_weight, epsilon)
 
 
 def fp8_moe_block(
@@ -84,11 +83,9 @@ def fp8_moe_block(
 ) -> tuple[Tensor, Tensor]:
     """As `moe_block` with E4M3 weights and their row scales, float32: [E, 2F], [E, D], [N], [N] and [D]."""
     x_TD = x.flatten(0, -2)
-    logits_TE = linear(x_TD.float(), router_weight)
     attributes = (top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor)
-    routing = moe_router(logits_TE, correction_bias, *attributes)
+    routing = moe_router(linear(x_TD.float(), router_weight), correction_bias, *attributes)
     routed_TD = fp8_moe_experts(x_TD, *routing, gate_up, gate_up_scale, down, down_scale)
     gate, up = fp8_linear(x, shared_gate, shared_gate_scale), fp8_linear(x, shared_up, shared_up_scale)
     shared = fp8_linear(silu_mul(gate, up), shared_down, shared_down_scale)
-    total = residual_add(residual, residual_add(routed_TD.view_as(x), shared))
-    return total, rms_norm(total, norm_weight, epsilon)
+    return add_rms_norm(residual, residual_add(routed_TD.view_as(x), shared), norm_weight, epsilon)

@@ -209,7 +209,7 @@ class Stages {
   // Adds the stage of out = the sum of what the experts give, by their weights.
   Flow::Done combine(Flow& flow, Flow::Done needs) {
     const size_t most = few_ ? kStreamBytes / (a_.F * weight_bytes_) : std::max<size_t>(a_.D / 8, 128);
-    const size_t columns = std::min(a_.D, ceil_div(std::max<size_t>(most, 1), 8) * 8);
+    const size_t columns = std::min(a_.D, round_up(std::max<size_t>(most, 1), 8));
     const auto multiply = [this, columns](size_t task) {
       const size_t first = task * columns;
       combine_block(first, std::min(columns, a_.D - first));
